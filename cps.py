@@ -1,0 +1,173 @@
+"""CPS: cross pseudo supervision.
+
+"Semi-supervised semantic segmentation with cross pseudo supervision", X. Chen, Y. Yuan, G. Zeng and J. Wang,
+CVPR 2021, https://arxiv.org/abs/2106.01226
+
+Idea
+    Two networks of one architecture start from different random weights, so they make different mistakes. On an
+    image without a mask, each network's hard labels (its most probable classes) are the other one's training target.
+    Where they disagree, each is corrected by the other; where they agree, the shared label acts as additional
+    training data. With CutMix, boxes of one unlabelled image are pasted into another: the networks see the mixed
+    image, while the labels come from the two unmixed ones, mixed in the same way. Network 1 is used in the end.
+
+        x_u ---> network 1 ---> P_1 ---> Ŷ_1 --+
+                                 ^             |  cross-entropy, each with the other's hard labels
+                                 +---- Ŷ_2 <---|---+
+        x_u ---> network 2 ---> P_2 <----------+   |
+                                 +-----------------+       (labelled images: supervised loss for both)
+
+Run
+    python cps.py                                      # the built-in phantom
+    python cps.py --data PATH --labeled 10%
+    python cps.py --data PATH --labeled 10% --no-cutmix
+
+Equations (numbers are this file's)
+    Eq. (1)  cps_loss     each network's cross-entropy with the other's hard labels
+    Eq. (2)  cutmix_mask  where an image shows its partner: three boxes
+    Eq. (3)  cutmix       the mixed image, or the mixed label map
+    Eq. (4)  main         L = sum over both networks of L_sup + lambda L_cps
+
+Differences
+    1. From the paper: a U-Net, AdamW and the supervised loss of all six files (CE + Dice; the paper: CE, SGD and
+       pretrained DeepLabv3+). It matters little for the comparison here, since all six share them.
+    2. From the paper: the networks train on one common.strong view of the images; the pseudo-labels come from the
+       weak view [ours]. The paper uses one view for both. It helps where labels are few.
+    3. Like the authors' code: with CutMix, L_cps covers the mixed unlabelled images only; without it, labelled and
+       unlabelled ones, as in the paper. The networks run in train mode also when they make labels.
+    4. From the authors' code: the CutMix partner is the next image of the batch, not a second batch; labelled and
+       unlabelled images share one pass, so BatchNorm sees both together. It matters little.
+"""
+import argparse
+
+import torch
+from torch.nn import functional as F
+
+from common import Data, Run, UNet, parse, parser, poly_decay, set_lr, strong, supervised_loss
+
+WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
+BOXES = 3  # [code] boxes of CutMix
+AREA = (0.25, 0.5)  # [code] their total share of the image, before overlap
+
+# ------------------------------------------------------------------------------------------------- Modules
+
+# none: two plain U-Nets
+
+# ----------------------------------------------------------------------------------------------- Equations
+
+
+def cps_loss(logits_1, logits_2, label_1, label_2):
+    """Eq. (1): L_cps = CE(P_1, Ŷ_2) + CE(P_2, Ŷ_1), means over images and pixels.
+
+    logits (B, C, H, W), labels (B, H, W) long -> scalar. Gradient flows into both logits; labels have none.
+    Example: uniform logits of C classes give 2 log C, whatever the labels.
+    """
+    return F.cross_entropy(logits_1, label_2) + F.cross_entropy(logits_2, label_1)
+
+
+def cutmix_mask(b, h, w, boxes, area, device):
+    """Eq. (2): M = 1 inside the union of `boxes` random boxes, each of share r / boxes of the image, r ~ U(area).
+
+    -> bool (B, H, W), different for each image. Sides h √s e^a and w √s e^-a, a ~ U(-½, ½), clipped to the image's;
+    boxes lie wholly inside.
+    """
+    low, high = area
+    share = torch.empty(b, 1, device=device).uniform_(low, high).expand(b, boxes) / boxes
+    aspect = torch.empty(b, boxes, device=device).uniform_(-0.5, 0.5).exp()
+    box_h, box_w = (h * share.sqrt() * aspect).clamp(max=h), (w * share.sqrt() / aspect).clamp(max=w)
+    top = torch.rand(b, boxes, device=device) * (h - box_h)
+    left = torch.rand(b, boxes, device=device) * (w - box_w)
+    y = torch.arange(h, device=device).view(1, 1, h, 1) + 0.5
+    x = torch.arange(w, device=device).view(1, 1, 1, w) + 0.5
+    top, left, box_h, box_w = (t[:, :, None, None] for t in (top, left, box_h, box_w))
+    inside = (y >= top) & (y < top + box_h) & (x >= left) & (x < left + box_w)  # (B, boxes, H, W)
+    return inside.any(1)
+
+
+def cutmix(x, mask):
+    """Eq. (3): x' = (1 − M) x + M x_partner; the partner is the next image of the batch, `x.roll(1, 0)`.
+
+    x: images (B, channels, H, W) or label maps (B, H, W); mask: bool (B, H, W). -> the shape of x.
+    """
+    return torch.where(mask if x.dim() == 3 else mask[:, None], x.roll(1, 0), x)
+
+
+# ------------------------------------------------------------------------------------------------ Networks
+
+
+def build(channels, classes, width):
+    """Two U-Nets with different random weights: {name: network}."""
+    return {"network 1": UNet(channels, classes, width), "network 2": UNet(channels, classes, width)}
+
+
+def predict(networks, x):
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}; the first is the one that is reported."""
+    probs = {name: networks[name](x).softmax(1) for name in ("network 1", "network 2")}
+    return probs | {"ensemble": (probs["network 1"] + probs["network 2"]) / 2}
+
+
+def pictures(networks, x):
+    """Columns of preview.png: where the networks correct each other, and what CutMix makes of images and labels."""
+    label_1, label_2 = (networks[name](x).argmax(1) for name in ("network 1", "network 2"))
+    mask = cutmix_mask(len(x), *x.shape[2:], BOXES, AREA, x.device)
+    return {"disagreement": (label_1 != label_2).float(), "CutMix image": cutmix(x, mask),
+            "its labels by 2": (cutmix(x, mask), cutmix(label_2, mask))}
+
+
+def main(argv=None):
+    # options
+    options = parser(__doc__)
+    options.own.add_argument("--weight", type=float, help="lambda: weight of L_cps (1 with CutMix, else 1.5)")
+    options.own.add_argument("--cutmix", action=argparse.BooleanOptionalAction, default=True, help="mix unlabelled images")
+    args = parse(options, argv)
+    if args.weight is None:
+        args.weight = 1.0 if args.cutmix else 1.5  # [code] on VOC with CutMix; [paper] on VOC without
+
+    # data, run, networks, optimizer
+    data = Data(args)
+    run = Run("cps", args, data)
+    networks = run.place(build(data.channels, data.classes, args.width))
+    network_1, network_2 = networks["network 1"], networks["network 2"]
+    parameters = [*network_1.parameters(), *network_2.parameters()]
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
+    run.keep(networks, [optimizer], predict, pictures)
+
+    for step in run.steps():
+        # 1 batch
+        x_l, y_l, x_u, *_ = data.batch()
+
+        # 2 views
+        mask = cutmix_mask(len(x_u), *x_u.shape[2:], BOXES, AREA, x_u.device) & args.cutmix  # all False: no mixing
+        x = torch.cat([strong(x_l), strong(cutmix(x_u, mask))])  # (B_l + B_u, channels, H, W), for both networks
+
+        # 3 targets
+        x_p = x_u if args.cutmix else torch.cat([x_l, x_u])  # images that get pseudo-labels, unmixed
+        with torch.no_grad(), run.autocast():
+            label_1, label_2 = network_1(x_p).argmax(1), network_2(x_p).argmax(1)  # (B, H, W)
+        if args.cutmix:
+            label_1, label_2 = cutmix(label_1, mask), cutmix(label_2, mask)
+
+        # 4 losses
+        with run.autocast():
+            logits_1, logits_2 = network_1(x), network_2(x)
+        loss_sup = supervised_loss(logits_1[:len(x_l)], y_l) + supervised_loss(logits_2[:len(x_l)], y_l)
+        loss_cps = cps_loss(logits_1[-len(x_p):], logits_2[-len(x_p):], label_1, label_2)
+        loss = loss_sup + args.weight * loss_cps  # Eq. (4)
+
+        # 5 step
+        lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))
+        optimizer.zero_grad(set_to_none=True)
+        run.backward(loss)
+        run.update(optimizer)
+
+        # 6 teacher: none, each network is the other's
+
+        # 7 log, validate, save
+        agreement = (label_1 == label_2).float().mean()
+        run.log(loss=loss, sup=loss_sup, cps=loss_cps, lam=args.weight, agreement=agreement, lr=lr)
+        run.save(step)
+
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main()
