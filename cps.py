@@ -136,21 +136,22 @@ def main(argv=None):
         x_l, y_l, x_u, *_ = data.batch()
 
         # 2 views
-        mask = cutmix_mask(len(x_u), *x_u.shape[2:], BOXES, AREA, x_u.device) & args.cutmix  # all False: no mixing
-        x = torch.cat([strong(x_l), strong(cutmix(x_u, mask))])  # (B_l + B_u, channels, H, W), for both networks
+        mask = cutmix_mask(len(x_u), *x_u.shape[2:], BOXES, AREA, x_u.device) & args.cutmix  # (B, H, W)
+        x_ls, x_us = strong(x_l), strong(cutmix(x_u, mask))
 
         # 3 targets
-        x_p = x_u if args.cutmix else torch.cat([x_l, x_u])  # images that get pseudo-labels, unmixed
         with torch.no_grad(), run.autocast():
-            label_1, label_2 = network_1(x_p).argmax(1), network_2(x_p).argmax(1)  # (B, H, W)
-        if args.cutmix:
-            label_1, label_2 = cutmix(label_1, mask), cutmix(label_2, mask)
+            label_1, label_2 = network_1(x_u).argmax(1), network_2(x_u).argmax(1)  # (B, H, W)
+        label_1, label_2 = cutmix(label_1, mask), cutmix(label_2, mask)
 
         # 4 losses
         with run.autocast():
-            logits_1, logits_2 = network_1(x), network_2(x)
-        loss_sup = supervised_loss(logits_1[:len(x_l)], y_l) + supervised_loss(logits_2[:len(x_l)], y_l)
-        loss_cps = cps_loss(logits_1[-len(x_p):], logits_2[-len(x_p):], label_1, label_2)
+            logits_l1, logits_u1 = network_1(x_ls), network_1(x_us)
+            logits_l2, logits_u2 = network_2(x_ls), network_2(x_us)
+        loss_sup = supervised_loss(logits_l1, y_l) + supervised_loss(logits_l2, y_l)
+        loss_cps = cps_loss(logits_u1, logits_u2, label_1, label_2)
+        if not args.cutmix:  # [code] with CutMix unlabelled images only; [paper] without it labelled ones too
+            loss_cps = loss_cps + cps_loss(logits_l1, logits_l2, logits_l1.argmax(1), logits_l2.argmax(1))
         loss = loss_sup + args.weight * loss_cps  # Eq. (4)
 
         # 5 step

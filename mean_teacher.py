@@ -45,6 +45,7 @@ from common import Data, Run, UNet, parse, parser, poly_decay, ramp_up, set_lr, 
 
 WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
 EMA_DECAY = 0.99  # [paper] its value for the ramp-up phase; it goes on with 0.999
+NOISE = 0.05  # [ours] standard deviation of the teacher's noise, on intensities from 0 to 1
 RAMP = 0.3  # [ours] share of the steps over which lambda grows; [paper] 40000 of 150000 on CIFAR-10
 
 # ------------------------------------------------------------------------------------------------- Modules
@@ -105,7 +106,7 @@ def pictures(networks, x):
 def main(argv=None):
     # options
     options = parser(__doc__)
-    options.own.add_argument("--weight", type=float, default=20.0, help="lambda: weight of the consistency loss (%(default)s)")
+    options.own.add_argument("--weight", type=float, default=5.0, help="lambda: weight of the consistency loss (%(default)s)")
     options.own.add_argument("--supervised", action="store_true", help="labelled-only baseline: no unlabelled images")
     args = parse(options, argv)
     reported = predict
@@ -125,19 +126,20 @@ def main(argv=None):
     for step in run.steps():
         # 1 batch
         x_l, y_l, x_u, *_ = data.batch()
-        x = torch.cat([x_l, x_u])  # (B_l + B_u, channels, H, W)
 
         # 2 views
-        x_s, x_t = strong(x), strong(x)  # η and η': drawn independently
+        views_s = strong(x_l), strong(x_u)  # η
+        views_t = [x + NOISE * torch.randn_like(x) for x in (x_l, x_u)]  # η', independent of η
 
         # 3 targets
         with torch.no_grad(), run.autocast():
-            probs_t = teacher(x_t).softmax(1)  # (B_l + B_u, C, H, W)
+            probs_t = torch.cat([teacher(x) for x in views_t]).softmax(1)  # (B_l + B_u, C, H, W)
 
         # 4 losses
         with run.autocast():
-            logits_s = student(x_s)
-        loss_sup = supervised_loss(logits_s[:len(x_l)], y_l)
+            logits_l, logits_u = [student(x) for x in views_s]
+        logits_s = torch.cat([logits_l, logits_u])
+        loss_sup = supervised_loss(logits_l, y_l)
         loss_cons = consistency_loss(logits_s.softmax(1), probs_t)
         lam = args.weight * ramp_up(step, RAMP * args.steps)
         loss = loss_sup + lam * loss_cons  # Eq. (4)
