@@ -116,11 +116,9 @@ def pictures(networks, x):
 def main(argv=None):
     # options
     options = parser(__doc__)
-    options.own.add_argument("--weight", type=float, help="lambda: weight of L_cps (1 with CutMix, else 1.5)")
+    options.own.add_argument("--weight", type=float, default=0.3, help="lambda (%(default)s)")
     options.own.add_argument("--cutmix", action=argparse.BooleanOptionalAction, default=True, help="mix unlabelled images")
     args = parse(options, argv)
-    if args.weight is None:
-        args.weight = 1.0 if args.cutmix else 1.5  # [code] on VOC with CutMix; [paper] on VOC without
 
     # data, run, networks, optimizer
     data = Data(args)
@@ -160,7 +158,8 @@ def main(argv=None):
         run.backward(loss)
         run.update(optimizer)
 
-        # 6 teacher: none, each network is the other's
+        # 6 teacher
+        # none: each network is the other's
 
         # 7 log, validate, save
         agreement = (label_1 == label_2).float().mean()
