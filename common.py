@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -46,10 +47,7 @@ def conv_block(c_in, c_out):
 
 
 class Encoder(nn.Module):
-    """Image (B, channels, H, W) -> list of DEPTH + 1 features, full resolution first, bottleneck last.
-
-    Feature i has width * 2**i channels and H / 2**i rows.
-    """
+    """Image (B, channels, H, W) -> DEPTH + 1 features (B, width * 2**i, H / 2**i, W / 2**i)."""
 
     def __init__(self, channels, width):
         super().__init__()
@@ -64,7 +62,7 @@ class Encoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Double the resolution of x, join the encoder's feature `skip` of that resolution, convolve."""
+    """Double the resolution of x, join the encoder's feature `skip` of that size, convolve."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -91,7 +89,7 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """Image (B, channels, H, W) in [0, 1] -> logits (B, classes, H, W), float32 also under autocast."""
+    """Image (B, channels, H, W) in [0, 1] -> logits (B, classes, H, W), always float32."""
 
     def __init__(self, channels, classes, width):
         super().__init__()
@@ -177,7 +175,7 @@ def distances_to(target, points):
 
 
 def mask_scores(pred, truth, distances=True):
-    """One class of an image or volume, bool arrays -> {dice, jaccard (%), hd95, asd (pixels)} or None.
+    """One class, bool arrays (2-D or 3-D) -> {dice, jaccard (%), hd95, asd (pixels)} or None.
 
     HD95 pools both directions' surface distances; ASD goes from prediction to truth. Both masks
     empty: None, not scored. One empty: Dice and Jaccard 0, the distances are the image's diagonal
@@ -190,7 +188,8 @@ def mask_scores(pred, truth, distances=True):
     if distances and pred.any() and truth.any():
         a, b = surface_points(pred), surface_points(truth)
         corner = np.minimum(a.min(0), b.min(0))  # the work is in the masks' common box
-        to_truth, to_pred = distances_to(b - corner, a - corner), distances_to(a - corner, b - corner)
+        a, b = a - corner, b - corner
+        to_truth, to_pred = distances_to(b, a), distances_to(a, b)
         scores["hd95"] = float(np.percentile(np.concatenate([to_truth, to_pred]), 95))
         scores["asd"] = float(to_truth.mean())
     elif distances:
@@ -244,7 +243,7 @@ def evaluate(predict, networks, data, part, distances=True):
 
 
 def summarize(volumes, empty):
-    """{volume: {class: scores or None}} -> for each class the mean over volumes, then over classes."""
+    """{volume: {class: scores or None}} -> the means over volumes, then over classes."""
     def mean(values):
         values = [v for v in values if v is not None]
         return sum(values) / len(values) if values else None
@@ -259,7 +258,7 @@ def summarize(volumes, empty):
 
 
 def weak(x, *maps, flip=True):
-    """Random flips, rotation (up to 20 degrees) and scale (0.8 to 1.25) of x (B, channels, H, W) [ours].
+    """Random flips, rotation (to 20 degrees), scale (0.8 to 1.25) of x (B, channels, H, W) [ours].
 
     maps: label maps (B, H, W) of any integer type that get the same geometry, by nearest neighbour.
     What comes from outside the image is 0. -> [images, *maps].
@@ -283,9 +282,9 @@ def weak(x, *maps, flip=True):
 
 
 def strong(x):
-    """Random contrast, brightness, gamma, blur, noise of x (B, channels, H, W) in [0, 1] -> the same [ours].
+    """Random contrast, brightness, gamma, blur and noise of x (B, channels, H, W) in [0, 1] [ours].
 
-    No geometry, so label maps stay aligned.
+    No geometry, so label maps stay aligned. -> the shape of x, in [0, 1].
     """
     def uniform(low, high):
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
@@ -315,8 +314,8 @@ class Batch(NamedTuple):
 class Shuffled:
     """Endless stream of image numbers: all in random order, then all again in another order.
 
-    It has a generator of its own that checkpoints keep, so a resumed run sees the same batches, and
-    all methods see the same labelled images in the same order.
+    Its own generator, kept in checkpoints: a resumed run sees the same batches, and all methods see
+    the same labelled images.
     """
 
     def __init__(self, indices, seed):
@@ -352,23 +351,25 @@ class Data:
         self.args = args
         find_files(self, args)  # in the tools below: names, checks, split
         self.labeled = Shuffled(self.indices("labeled"), args.seed)
-        # With every unit labelled, the unlabelled stream is the labelled images without their masks.
-        self.unlabeled = Shuffled(self.indices("unlabeled") or self.indices("labeled"), args.seed + 1)
+        # With every unit labelled, the unlabelled stream is the same images without their masks.
+        unlabeled = self.indices("unlabeled") or self.indices("labeled")
+        self.unlabeled = Shuffled(unlabeled, args.seed + 1)
 
     def decode(self):
-        """Read the images and visible masks, or find them in the cache. A Run does it when it may start."""
+        """Read images and visible masks, or find them in the cache; a Run does it first."""
         decode(self)
 
     def indices(self, part):
-        """Image numbers of a part. A labelled patient's slices without masks count as unlabelled."""
-        units, extra = set(self.split[part]), set(self.split["labeled"] if part == "unlabeled" else ())
-        images = enumerate(zip(self.units, self.has_mask, strict=True))
-        return [i for i, (unit, has_mask) in images if
-                (unit in units and (has_mask or part == "unlabeled")) or (unit in extra and not has_mask)]
+        """Image numbers of a part; a labelled patient's slices without masks are unlabelled."""
+        if part != "unlabeled":
+            units = self.split[part]
+            return [i for i, u in enumerate(self.units) if u in units and self.has_mask[i]]
+        return [i for i, u in enumerate(self.units) if u in self.split["unlabeled"]
+                or (u in self.split["labeled"] and not self.has_mask[i])]
 
     def truth(self, i):
-        """The mask (H, W) uint8 of a labelled, validation or test image, at its original size."""
-        return self.read_mask(i) if i in self.label_rows else None
+        """The mask (H, W) uint8 of a validation or test image, at its original size."""
+        return self.read_mask(i)
 
     def volumes(self, part):
         """{volume: image numbers in slice order} of a part."""
@@ -378,7 +379,7 @@ class Data:
         return volumes
 
     def load_images(self, indices):
-        """Image numbers (B,) -> floats in [0, 1] (B, channels, S, S) on the device, channels-last."""
+        """Image numbers (B,) -> floats in [0, 1] (B, channels, S, S) on the device."""
         x = torch.from_numpy(self.images[np.asarray(indices)]).to(self.args.device)
         return (x / 255).contiguous(memory_format=torch.channels_last)
 
@@ -388,11 +389,11 @@ class Data:
         return torch.from_numpy(self.labels[rows]).to(self.args.device).long()
 
     def batch(self, maps=None):
-        """The next Batch. maps: optional uint8 array (N, S, S), a map for each image of the dataset."""
+        """The next Batch. maps: optional uint8 array (N, S, S), one for each image."""
         index_l = self.labeled.take(self.args.batch_size)
         index_u = self.unlabeled.take(self.args.unlabeled_batch)
-        maps_u = [] if maps is None else [torch.from_numpy(maps[index_u.numpy()]).to(self.args.device)]
-        flip = self.args.flip
+        flip, device = self.args.flip, self.args.device
+        maps_u = [] if maps is None else [torch.from_numpy(maps[index_u.numpy()]).to(device)]
         x_l, y_l = weak(self.load_images(index_l), self.load_labels(index_l), flip=flip)
         x_u, *maps_u = weak(self.load_images(index_u), *maps_u, flip=flip)
         return Batch(x_l, y_l, x_u, maps_u[0] if maps_u else None, index_u)
@@ -411,7 +412,7 @@ def stop(message, status=2):
 
 def some(items):
     """The first items of a list, for a message."""
-    return ", ".join(map(str, list(items)[:4])) + (", ..." if len(items) > 4 else "")
+    return ", ".join(map(str, list(items)[:4])) + ", ..." * (len(items) > 4)
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -430,56 +431,54 @@ def number(kind, minimum):
 
 def parser(doc):
     """An ArgumentParser with the options that all methods share; methods add to its group `own`."""
-    p = argparse.ArgumentParser(description=doc,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw, one, zero = argparse.RawDescriptionHelpFormatter, number(int, 1), number(int, 0)
+    p = argparse.ArgumentParser(description=doc, formatter_class=raw)
     p.own = p.add_argument_group("options of this paper")
-    add, whole = p.add_argument_group("shared options").add_argument, number(int, 1)
+    add = p.add_argument_group("shared options").add_argument
     add("--data", default="phantom", metavar="PATH", help="dataset folder (default: a phantom)")
-    add("--labeled", metavar="SPEC",
-        help="10%% of the training units with masks, or 7 units, or a text file of ids")
-    add("--size", type=whole, help="side that images are resized to (256; phantom: 64)")
-    add("--width", type=whole, help="channels of the U-Net's first stage (32; phantom: 16)")
+    add("--labeled", metavar="SPEC", help="10%% of the units with masks, 7 units, or a file of ids")
+    add("--size", type=one, help="side that images are resized to (256; phantom: 64)")
+    add("--width", type=one, help="channels of the U-Net's first stage (32; phantom: 16)")
     add("--classes", type=number(int, 2), help="classes, if they cannot be seen from the masks")
-    add("--steps", type=whole, help="optimizer steps (10000; phantom: 800)")
-    add("--batch-size", type=whole, default=8, help="labelled images a step (%(default)s)")
-    add("--unlabeled-batch", type=whole, default=8, help="unlabelled images a step (%(default)s)")
+    add("--steps", type=one, help="optimizer steps (10000; phantom: 800)")
+    add("--batch-size", type=one, default=8, help="labelled images a step (%(default)s)")
+    add("--unlabeled-batch", type=one, default=8, help="unlabelled images a step (%(default)s)")
     add("--lr", type=number(float, 0), default=1e-3, help="first learning rate (%(default)s)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True,
         help="mirror images; --no-flip where left and right are different classes")
-    add("--seed", type=number(int, 0), default=0, help="training randomness (%(default)s)")
-    add("--split-seed", type=number(int, 0), default=0, help="which units are labelled (%(default)s)")
+    add("--seed", type=zero, default=0, help="training randomness (%(default)s)")
+    add("--split-seed", type=zero, default=0, help="which units are labelled (%(default)s)")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name such as cuda:1")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
         help="auto: bf16 where the GPU has it, fp16 with a scaler on older ones, else fp32")
     add("--out", default="runs", metavar="FOLDER", help="where run folders go (%(default)s)")
     add("--resume", action="store_true", help="continue the run that these options name")
-    add("--val-every", type=whole, help="steps between validations (a tenth of --steps)")
+    add("--val-every", type=one, help="steps between validations (a tenth of --steps)")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssl-segmentation"
     add("--cache", default=str(cache), metavar="FOLDER", help="for decoded images (%(default)s)")
     return p
 
 
 def parse(parser, argv=None):
-    """Parse, and fill in every default; args.options holds what the run folder's name spells out."""
-    args = parser.parse_args(argv)
+    """Parse, and fill in every default; args.options holds what the run folder's name spells."""
+    args, unit = parser.parse_args(argv), 2**DEPTH
     args.options = {k: v for k, v in vars(args).items() if v != parser.get_default(k)
                     and k not in (*FREE, "labeled", "seed", "supervised")}
     size, width, steps = (64, 16, 800) if args.data == "phantom" else (256, 32, 10000)
     args.size, args.width, args.steps = args.size or size, args.width or width, args.steps or steps
     args.val_every = args.val_every or max(1, args.steps // 10)
-    unit = 2**DEPTH
     if args.size % unit:
-        stop(f"--size {args.size}: the U-Net halves the image {DEPTH} times, so the size must be a "
-             f"multiple of {unit}. Try {args.size // unit * unit or unit} or "
-             f"{args.size // unit * unit + unit}.")
+        low = args.size // unit * unit
+        stop(f"--size {args.size}: expected a multiple of {unit}, since the U-Net halves the image "
+             f"{DEPTH} times. Try {low or unit} or {low + unit}.")
     if args.device == "auto":
         mps = torch.backends.mps.is_available()
         args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        stop(f"--device {args.device} cannot be used: {str(error).splitlines()[0]} "
-             "Expected auto, cpu, cuda, cuda:1 or mps, on a machine that has it.")
+        stop(f"--device {args.device} cannot be used: {str(error).splitlines()[0]} Expected auto, "
+             "cpu, cuda, cuda:1 or mps, on a machine that has it.")
     cuda = torch.device(args.device).type == "cuda"
     if args.precision == "fp16" and not cuda:
         stop(f"--precision fp16 needs a CUDA GPU, the device is {args.device}. Use fp32.")
@@ -491,7 +490,7 @@ def parse(parser, argv=None):
 
 # --- Files, checks, split -------------------------------------------------------------------------
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".npy")
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".npy")
 MASK_SUFFIX = re.compile("_(mask|segmentation|anno|label)$")
 SLICE = re.compile(r"^(?P<volume>(?P<patient>.+?)(_frame\d+)?)_slice_?(?P<slice>\d+)$")
 MAX_CLASS = 31  # a larger number in a mask is no class number (but 255 in a binary mask is)
@@ -507,32 +506,27 @@ def parse_name(name):
     return (match["patient"], match["volume"], int(match["slice"])) if match else (name, name, -1)
 
 
-def listing(folder):
-    """{name: path} of the files with a known extension."""
-    found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-            name = MASK_SUFFIX.sub("", path.stem) if folder.name == "masks" else path.stem
-            if name in found:
-                stop(f"two files for {name}: {found[name].name} and {path.name} in {folder}. Keep one.")
-            found[name] = path
-    return found
-
-
 def scan(root):
     """A dataset folder -> ({name: image path} by volume and slice, {name: mask path})."""
     layout = "Expected PATH/images/NAME.png and PATH/masks/NAME.png; see README, Your own data."
-    if not root.is_dir():
-        stop(f"--data {root}: there is no such folder. {layout}")
-    images, masks = listing(root / "images"), listing(root / "masks")
+    if not (root / "images").is_dir():
+        found = some(sorted(os.listdir(root))) or "nothing" if root.is_dir() else "no such folder"
+        stop(f"--data {root}: no folder images in it (found: {found}). {layout}")
+    files = {"images": {}, "masks": {}}
+    for part in [part for part in files if (root / part).is_dir()]:
+        for path in sorted((root / part).iterdir()):
+            name = MASK_SUFFIX.sub("", path.stem) if part == "masks" else path.stem
+            if path.suffix.lower() in ENDINGS and not name.startswith("."):
+                other = files[part].setdefault(name, path)
+                if other != path:
+                    stop(f"two files for {name}: {other.name} and {path.name} in {part}. Keep one.")
+    images, masks = files["images"], files["masks"]
     if not images:
-        folder = root / "images" if (root / "images").is_dir() else root
-        found = some(sorted(p.name for p in folder.iterdir())) or "nothing"
-        stop(f"no images in {root / 'images'} (found: {found}). {layout} "
-             f"Known extensions: {' '.join(EXTENSIONS)}.")
+        found = some(sorted(os.listdir(root / "images"))) or "nothing"
+        stop(f"no images in {root / 'images'} (found: {found}). {layout} {' '.join(ENDINGS)}")
     orphans = [masks[name].name for name in masks if name not in images]
     if orphans:
-        stop(f"{len(orphans)} masks have no image of their name: {some(orphans)}. Images are called "
+        stop(f"{len(orphans)} masks have no image of their name: {some(orphans)}. Images are "
              f"{some(images)}. Rename or remove those masks. {layout}")
     order = sorted(images, key=lambda name: (*parse_name(name)[1:], name))
     return {name: images[name] for name in order}, masks
@@ -548,29 +542,27 @@ def read_ids(path, names):
     unknown = [i for i in ids if i not in unit_of]
     if unknown or not ids:
         stop(f"{path}: {len(unknown)} of {len(ids)} ids are not in the dataset: {some(unknown)}. "
-             f"Expected at least one, such as {some(sorted(set(unit_of.values())))}.")
+             f"Expected at least one id, such as {some(sorted(set(unit_of.values())))}")
     return sorted({unit_of[i] for i in ids})
 
 
 def choose_labeled(spec, units, names):
-    """--labeled -> labelled units. units: the training units with masks, in a seeded order.
-
-    A share or a number takes the first ones, so 5% lies inside 10% inside 20%.
-    """
+    """--labeled -> labelled units. units: the training units with masks, in a seeded order; a share
+    or a number takes the first ones, so 5% lies inside 10% inside 20%."""
     if Path(spec).is_file():
         chosen = read_ids(spec, names)
         outside = [unit for unit in chosen if unit not in units]
         if outside:
-            stop(f"--labeled {spec}: {some(outside)}: not training units with masks. Expected some "
-                 f"of {some(sorted(units))}")
+            stop(f"--labeled {spec}: {some(outside)}: not training units with masks, such as "
+                 f"{some(sorted(units))}")
         return chosen
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
     value, percent = (float(match[1]), match[2]) if match else (0, "")
     if not percent and value % 1:
         stop(f"--labeled {spec}: did you mean {value * 100:g}%? Give a share (10%) or units (7).")
     if value <= 0 or value > (100 if percent else len(units)):
-        stop(f"--labeled {spec}: expected a share above 0% and up to 100%, a number of units from 1 "
-             f"to {len(units)} (the training units with masks), or a text file of ids.")
+        stop(f"--labeled {spec}: expected a share above 0% and up to 100%, a number of units from "
+             f"1 to {len(units)} (the training units with masks), or a text file of ids.")
     count = math.floor(len(units) * value / 100 + 0.5) if percent else int(value)
     return sorted(units[:max(1, count)])
 
@@ -600,11 +592,10 @@ def make_split(names, masked, lists, labeled, split_seed):
     train = set(lists.get("train", free)) | {u for u in units if u not in with_mask | listed}
     train_masked = [unit for unit in order if unit in train & with_mask]
     parts = {"validation": split["val"], "test": split["test"], "training": train_masked}
-    for part, found in parts.items():
-        if not with_mask & set(found):
-            stop(f"no {part} units with masks are left: {len(with_mask)} units have masks, "
-                 f"{len(listed)} are in lists. Expected one at least to train, validate and test "
-                 "on each: annotate more, or change train.txt, val.txt, test.txt.")
+    for part in [part for part, found in parts.items() if not with_mask & set(found)]:
+        stop(f"no {part} units with masks are left: {len(with_mask)} units have masks, "
+             f"{len(listed)} are in lists. Expected at least one each to train, validate and test "
+             "on: annotate more, or change train.txt, val.txt, test.txt.")
     if labeled is None and len(with_mask) == len(units):
         stop("--labeled is needed, since all images have masks: a share such as 10%, a number of "
              "units such as 7, or a text file of ids.")
@@ -618,7 +609,7 @@ def find_files(data, args):
     if args.data == "phantom":
         args.labeled = args.labeled or "10%"
         names, *data.phantom, lists = phantom(args.size)
-        data.name, data.phantom, masked = "phantom", tuple(data.phantom), set(names)
+        data.name, masked = "phantom", set(names)
     else:
         root = Path(args.data)
         paths, masked = scan(root)
@@ -648,44 +639,32 @@ def read_pixels(path, mask=False):
         else:
             with Image.open(path) as image:
                 if getattr(image, "n_frames", 1) > 1:
-                    raise Bad(f"{path.name}: {image.n_frames} pages in one file; expected one file a slice")
+                    raise ValueError(f"{image.n_frames} pages in a file; expected one file a slice")
                 grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
-                kind = image.mode if grey else "L" if image.mode == "LA" else "RGB"
-                array = np.asarray(image if grey else image.convert(kind))
-                if mask and image.mode == "P" and not (
-                        np.isin(array, (0, 255)).all() and not np.ptp(array, 2).any()):
-                    array = np.asarray(image)
-    except Bad:
-        raise
+                colours = image if grey else image.convert("L" if image.mode == "LA" else "RGB")
+                black_white = {*np.unique(colours)} <= {0, 255} and not np.ptp(colours, -1).any()
+                indices = mask and image.mode == "P" and not black_white
+                array = np.asarray(image if indices else colours)
+        if array.ndim not in (2, 3) or not array.size or array.shape[2:] not in ((), (3,), (4,)):
+            raise ValueError(f"an array of shape {array.shape}; expected (H, W) or (H, W, 3)")
+        if array.dtype.kind not in "buif" or not np.isfinite(array).all():
+            raise ValueError(f"values of type {array.dtype} or not finite; expected numbers")
     except Exception as error:  # Pillow and NumPy raise a dozen types on damaged files
-        raise Bad(f"{path.name}: damaged or no image ({type(error).__name__}: {error})") from None
-    if array.ndim not in (2, 3) or not array.size or array.shape[2:] not in ((), (3,), (4,)):
-        raise Bad(f"{path.name}: an array of shape {array.shape}; expected (H, W) or (H, W, 3)")
-    if array.dtype.kind not in "buif" or not np.isfinite(array).all():
-        raise Bad(f"{path.name}: values of type {array.dtype} or not finite; expected numbers")
+        raise Bad(f"{path.name}: cannot be used ({type(error).__name__}: {error})") from None
     array = array[..., :3] if array.ndim == 3 else array
     return array.astype(np.uint8) * 255 if array.dtype == bool else array
 
 
-def read_volume(paths, channels, size):
-    """The images of one volume -> (N, channels, size, size) uint8, and their original sizes.
-
-    8-bit images stay as they are; others are scaled from the volume's 0.5 to 99.5 percentiles.
-    """
+def read_volume(paths):
+    """The images of a volume, each (H, W) or (H, W, 3) uint8. 8-bit images stay as they are; others
+    are scaled from the volume's 0.5 to 99.5 percentiles."""
     arrays = [read_pixels(path) for path in paths]
-    if any(array.dtype != np.uint8 for array in arrays):
-        values = np.concatenate([array.ravel() for array in arrays]).astype(float)
-        low, high = np.percentile(values, [0.5, 99.5])
-        scaled = [(array - low) / max(high - low, 1e-12) * 255 for array in arrays]
-        arrays = [array.clip(0, 255).astype(np.uint8) for array in scaled]
-    out = np.empty((len(paths), channels, size, size), np.uint8)
-    for i, array in enumerate(arrays):
-        if array.ndim == 3 and channels == 1:
-            raise Bad(f"{paths[i].name}: in colour, but the first image is grey; save all alike")
-        image = Image.fromarray(array).convert("L" if channels == 1 else "RGB")
-        pixels = np.asarray(image.resize((size, size), Image.BILINEAR))
-        out[i] = pixels if channels == 1 else pixels.transpose(2, 0, 1)
-    return out, [array.shape[:2] for array in arrays]
+    if all(array.dtype == np.uint8 for array in arrays):
+        return arrays
+    values = np.concatenate([array.ravel() for array in arrays]).astype(float)
+    low, high = np.percentile(values, [0.5, 99.5])
+    scaled = [(array - low) / max(high - low, 1e-12) * 255 for array in arrays]
+    return [array.clip(0, 255).astype(np.uint8) for array in scaled]
 
 
 def read_mask(path):
@@ -695,7 +674,7 @@ def read_mask(path):
     """
     array, lossy = read_pixels(path, mask=True), path.suffix.lower() in (".jpg", ".jpeg")
     if array.ndim == 3 and np.ptp(array, 2).any() and not lossy:
-        raise Bad(f"{path.name}: a mask in colours; expected one class number a pixel, or 0 and 255")
+        raise Bad(f"{path.name}: a mask in colours; expected class numbers, or 0 and 255")
     array = array[..., 0] if array.ndim == 3 else array
     values = np.unique(array)
     near_ends = (values <= MAX_CLASS) | (values >= 255 - MAX_CLASS)
@@ -708,7 +687,7 @@ def read_mask(path):
 
 
 def read_each(items, read, what):
-    """Yield read(item) with a progress bar. Bad files are collected, and end the program after all."""
+    """Yield read(item), with a progress bar. Bad files are collected and stop the run."""
     bad = []
     for item in tqdm(items, f"decoding {what}", leave=False, disable=None):
         try:
@@ -722,21 +701,23 @@ def read_each(items, read, what):
 
 def cached(root, key, build):
     """The folder root/<hash of key>, filled once by build(folder), aside and then renamed."""
-    folder = Path(root) / hashlib.sha256(repr(("v1", key)).encode()).hexdigest()[:20]
+    folder = Path(root) / hashlib.sha256(repr(("v2", key)).encode()).hexdigest()[:20]
+    aside = folder.with_name("none")
     try:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="building-", dir=root,
-                                             ignore_cleanup_errors=True) as aside:
-                build(Path(aside))
-                try:
-                    os.rename(aside, folder)
-                except OSError:  # another run was faster, and its folder is as good
-                    if not folder.exists():
-                        raise
+            aside = Path(tempfile.mkdtemp(prefix="building-", dir=root))
+            build(aside)
+            try:
+                os.rename(aside, folder)
+            except OSError:  # another run was faster, and its folder is as good
+                if not folder.exists():
+                    raise
     except OSError as error:
         stop(f"the cache of decoded images, {root}, cannot be written ({error}). Choose another "
              "with --cache FOLDER, or free some space.")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
@@ -744,71 +725,76 @@ def decode(data):
     """Fill in a Data object's pixels, from the cache where it has them. Opens no mask but the
     labelled, validation and test ones."""
     visible = [i for part in ("labeled", "val", "test") for i in data.indices(part)]
-    size, cache = data.args.size, data.args.cache
+    size, kinds = data.args.size, {}
 
-    def fingerprint(files):
-        return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    def entry(what, paths, build):
+        """A cache folder, its meta.json, its array (the meta's shape)."""
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+        folder = cached(data.args.cache, (what, size, data.names, stats), build)
+        meta = json.loads((folder / "meta.json").read_text())
+        return meta, np.memmap(folder / "array.u8", np.uint8, "r", shape=tuple(meta["shape"]))
 
     def build_images(folder):
-        volumes, sizes = {}, []
+        volumes, sizes, channels = {}, [], []
         for path, volume in zip(data.image_files, data.volumes_of, strict=True):
             volumes.setdefault(volume, []).append(path)
-        first = list(read_each(data.image_files[:1], read_pixels, "images"))[0]
-        channels = 3 if first.ndim == 3 else 1
-        with open(folder / "images.u8", "wb") as file:
-            for pixels, shapes in read_each(
-                    list(volumes.values()), lambda v: read_volume(v, channels, size), "images"):
-                file.write(pixels.tobytes())
-                sizes += shapes
-        (folder / "meta.json").write_text(json.dumps([channels, sizes]))
+
+        def read(paths):
+            arrays = read_volume(paths)
+            channels.append(3 if arrays[0].ndim == 3 else 1)
+            if channels[0] == 1 and any(array.ndim == 3 for array in arrays):
+                raise Bad(f"{paths[0].name}: in colour, the first image is grey; save all alike")
+            sizes.extend(array.shape[:2] for array in arrays)
+            mode = "L" if channels[0] == 1 else "RGB"
+            images = [Image.fromarray(array).convert(mode) for array in arrays]
+            return [np.asarray(image.resize((size, size), Image.BILINEAR)) for image in images]
+
+        with open(folder / "array.u8", "wb") as file:
+            for arrays in read_each(list(volumes.values()), read, "images"):
+                for array in arrays:
+                    file.write(np.atleast_3d(array).transpose(2, 0, 1).tobytes())
+        shape = len(sizes), channels[0], size, size
+        (folder / "meta.json").write_text(json.dumps({"shape": shape, "sizes": sizes}))
+
+    def read_label(i):
+        (mask, kind), (h, w) = read_mask(data.mask_files[i]), data.sizes[i]
+        if mask.shape != (h, w):
+            raise Bad(f"{data.mask_files[i].name}: {mask.shape[0]} x {mask.shape[1]} pixels, but "
+                      f"its image has {h} x {w}")
+        kinds.setdefault(kind, data.mask_files[i].name)
+        return mask
 
     def build_labels(folder):
-        kinds, largest = {}, 0
-
-        def read(i):
-            mask, kind = read_mask(data.mask_files[i])
-            if mask.shape != sizes[i]:
-                raise Bad(f"{data.mask_files[i].name}: {mask.shape[0]} x {mask.shape[1]} pixels, but "
-                          f"its image has {sizes[i][0]} x {sizes[i][1]}")
-            kinds.setdefault(kind, data.mask_files[i].name)
-            return mask
-
-        with open(folder / "labels.u8", "wb") as file:
-            for mask in read_each(visible, read, "masks"):
+        largest = 0
+        with open(folder / "array.u8", "wb") as file:
+            for mask in read_each(visible, read_label, "masks"):
                 file.write(Image.fromarray(mask).resize((size, size), Image.NEAREST).tobytes())
                 largest = max(largest, int(mask.max()))
         if "binary" in kinds and "classes" in kinds:
             stop(f"some masks are binary 0/255 ({kinds['binary']}), others hold class numbers "
                  f"({kinds['classes']}). Write all of them in one of the two ways.")
-        (folder / "meta.json").write_text(json.dumps(largest))
+        meta = {"shape": (len(visible), size, size), "largest": largest}
+        (folder / "meta.json").write_text(json.dumps(meta))
 
     data.label_rows = {i: row for row, i in enumerate(visible)}
     if data.phantom:
         data.images, masks = data.phantom
-        sizes, data.labels, data.read_mask = [masks.shape[1:]] * len(masks), masks[visible], masks.__getitem__
-        largest = int(masks.max())
+        data.sizes, data.labels = [masks.shape[1:]] * len(masks), masks[visible]
+        largest, data.read_mask = masks.max(), masks.__getitem__
     else:
-        key = "images", size, data.names, fingerprint(data.image_files)
-        folder = cached(cache, key, build_images)
-        channels, sizes = json.loads((folder / "meta.json").read_text())
-        sizes, shape = [tuple(s) for s in sizes], (len(sizes), channels, size, size)
-        data.images = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape)
-        files = [data.mask_files[i] for i in visible]
-        key = "labels", size, [sizes[i] for i in visible], fingerprint(files)
-        folder = cached(cache, key, build_labels)
-        largest = json.loads((folder / "meta.json").read_text())
-        shape = (len(visible), size, size)
-        data.labels = np.memmap(folder / "labels.u8", np.uint8, "r", shape=shape)
-        data.read_mask = lambda i: read_mask(data.mask_files[i])[0]
+        meta, data.images = entry("images", data.image_files, build_images)
+        data.sizes = [tuple(shape) for shape in meta["sizes"]]
+        files = [path for i in visible for path in (data.image_files[i], data.mask_files[i])]
+        meta, data.labels = entry("labels", files, build_labels)
+        largest, data.read_mask = meta["largest"], lambda i: read_mask(data.mask_files[i])[0]
+    data.channels, data.classes = data.images.shape[1], data.args.classes or int(largest) + 1
     for volume, indices in [*data.volumes("val").items(), *data.volumes("test").items()]:
-        found = {sizes[i] for i in indices}
+        found = {data.sizes[i] for i in indices}
         if len(found) > 1:
             stop(f"the slices of {volume} differ in size: {some(found)}. Expected one size in a "
                  "volume, since it is scored in 3-D.")
-    data.channels, data.classes = data.images.shape[1], data.args.classes or largest + 1
     if largest == 0:
-        stop("the labelled, validation and test masks hold background only. Expected 1, 2, ... or "
-             "255 in them.")
+        stop("labelled, validation and test masks hold background only; expected 1, 2, ... or 255.")
     if largest >= data.classes:
         stop(f"--classes {data.classes}, but the masks hold class {largest}. Expected at least "
              f"{largest + 1}.")
@@ -817,9 +803,8 @@ def decode(data):
 def phantom(size, patients=48, seed=0):
     """Cardiac-like slices: names, images (N, 1, size, size), masks (N, size, size) uint8, lists.
 
-    Classes as in ACDC: 1 right ventricle, 2 myocardium, 3 left ventricle; two frames (relaxed and
-    contracted) of four slices a patient, who differ in pose, shape, contrast, bias field, texture
-    and distractors.
+    Classes as in ACDC: 1 right ventricle, 2 myocardium, 3 left ventricle; two frames of four slices
+    a patient. Patients differ in pose, shape, contrast, bias field, texture and distractors.
     """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
@@ -831,7 +816,8 @@ def phantom(size, patients=48, seed=0):
 
     for patient in range(patients):
         cx, cy, turn = *rng.uniform(-0.2, 0.2, 2), rng.uniform(-0.6, 0.6)
-        radius, wall, aspect = rng.uniform(0.24, 0.36), rng.uniform(0.09, 0.15), rng.uniform(0.8, 1.25)
+        radius, wall = rng.uniform(0.24, 0.36), rng.uniform(0.09, 0.15)
+        aspect = rng.uniform(0.8, 1.25)
         blood, muscle, fat = rng.uniform(0.6, 0.95), rng.uniform(0.25, 0.5), rng.uniform(0.1, 0.8)
         gamma, slope = rng.uniform(0.6, 1.6), rng.normal(size=2) * 0.25
         blobs = [(*rng.uniform(-0.9, 0.9, 2), *rng.uniform(0.08, 0.25, 2), rng.uniform(0.1, 0.95))
@@ -873,11 +859,7 @@ def write_aside(path, write):
 
 
 class Run:
-    """One training run: device and precision, the loop's steps, log, checkpoints and scores.
-
-    In main: run = Run(...); networks = run.place(build(...)); run.keep(...); then for step in
-    run.steps(): ... run.backward, run.update, run.log, run.save; at the end run.finish().
-    """
+    """One training run: device and precision, the loop's steps, log, checkpoints and scores."""
 
     def __init__(self, name, args, data):
         self.name, self.args, self.data = name, args, data
@@ -885,32 +867,28 @@ class Run:
         start, parent = f"{name}-{labeled}-seed{args.seed}", Path(args.out) / data.name
         options = {k: Path(str(v)).stem if os.sep in str(v) else v for k, v in args.options.items()}
         title = start + "".join(f"-{k}_{v}" for k, v in sorted(options.items()))
-        similar = {p.name: p for p in sorted(parent.glob(glob.escape(start) + "*"))}
+        similar = sorted(p.name for p in parent.glob(glob.escape(start) + "*"))
         taken = [n for n in similar if re.fullmatch(re.escape(title) + r"(-\d+)?", n)]
         taken = sorted(taken, key=lambda n: int(n[len(title) + 1:] or 1))
         self.resumed = args.resume and bool(taken)
+        self.folder = parent / (taken[-1] if self.resumed else title)
         if args.resume and similar and not taken:
             stop(f"--resume: no run {title}; there is {some(similar)}. Only --out, --device and "
-                 "--val-every may change: repeat the run's options, or start anew without --resume.")
-        if self.resumed and (similar[taken[-1]] / "split.json").exists():
-            found = json.loads((similar[taken[-1]] / "split.json").read_text())["hash"]
+                 "--val-every may change: repeat the run's options, or leave --resume out.")
+        if self.resumed and (self.folder / "split.json").exists():
+            found = json.loads((self.folder / "split.json").read_text())["hash"]
             if found != data.split_hash:
-                stop(f"--resume: {taken[-1]} has split {found}, the dataset gives {data.split_hash}. "
-                     "Restore the dataset's files and lists, or start anew without --resume.")
+                stop(f"--resume: {self.folder} has split {found}, the dataset {data.split_hash}. "
+                     "Restore the dataset's files and lists, or leave --resume out.")
         data.decode()
         try:
-            self.folder = similar[taken[-1]] if self.resumed else parent / title
-            for count in range(len(taken) + 1, 0 if self.resumed else 10**6):
+            for count in range(1, 1 if self.resumed else 10**6):
                 self.folder = parent / (title if count == 1 else f"{title}-{count}")
-                with contextlib.suppress(FileExistsError):  # another run may take the name first
+                with contextlib.suppress(FileExistsError):
                     self.folder.mkdir(parents=True)
                     break
-            plain = {k: v for k, v in vars(args).items() if k != "options"} | {"method": name}
-            split = {"hash": data.split_hash, **data.split}
-            for file, content in (("args.json", plain), ("split.json", split)):
-                text = json.dumps(content, indent=1)
-                if not (self.folder / file).exists():
-                    write_aside(self.folder / file, lambda p, t=text: p.write_text(t))
+            self.write_json("args.json", {k: v for k, v in vars(args).items() if k != "options"})
+            self.write_json("split.json", {"hash": data.split_hash, **data.split})
         except OSError as error:
             stop(f"--out {args.out} cannot be written ({error}). Choose another folder.")
         torch.manual_seed(args.seed)
@@ -919,6 +897,10 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.precision == "fp16")
         self.first_step, self.best, self.interrupted = 0, -1.0, False
         self.sums, self.count = {}, 0
+
+    def write_json(self, name, content):
+        text = json.dumps(content, indent=1)
+        write_aside(self.folder / name, lambda path: path.write_text(text))
 
     def autocast(self):
         """Context for the networks' forward passes: bf16 or fp16 on GPUs, float32 elsewhere."""
@@ -939,15 +921,15 @@ class Run:
         """
         self.networks, self.optimizers = networks, optimizers
         self.predict, self.pictures = predict, pictures
-        data, args = self.data, self.args
+        data, args, log = self.data, self.args, self.folder / "log.csv"
         units = [f"{k} {len(u)} ({len(data.indices(k))} images)" for k, u in data.split.items()]
         sizes = [f"{k} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
                  for k, network in networks.items()]
-        labeled = " ".join(data.split["labeled"][:10]) + " ..." * (len(data.split["labeled"]) > 10)
-        print(f"{self.name} on {data.name}: {data.classes} classes, {data.channels} x {args.size} x "
-              f"{args.size} pixels; {args.device}, {args.precision}, {torch.get_num_threads()} CPU "
-              f"threads\nunits: {', '.join(units)}\nlabelled: {labeled} (split {data.split_hash})\n"
-              f"parameters: {', '.join(sizes)}\nrun folder: {self.folder}")
+        print(f"{self.name} on {data.name}: {data.classes} classes, {data.channels} x {args.size} "
+              f"x {args.size}; {args.device}, {args.precision}, {torch.get_num_threads()} threads\n"
+              f"units: {', '.join(units)}; split {data.split_hash}\n"
+              f"labelled: {some(data.split['labeled'])}\nparameters: {', '.join(sizes)}\n"
+              f"run folder: {self.folder}")
         if self.resumed and (self.folder / "last.pt").exists():
             state = torch.load(self.folder / "last.pt", map_location="cpu", weights_only=True)
             for k, network in networks.items():
@@ -965,34 +947,30 @@ class Run:
         if args.resume:
             print(f"--resume: continuing at step {self.first_step}" if self.first_step
                   else "--resume: no checkpoint yet, starting at step 0")
-        log = self.folder / "log.csv"
         if log.exists():  # cut the rows after the checkpoint, a half-written one included
-            rows = log.read_text().splitlines(keepends=True)
-            rows = rows[:1] + [r for r in rows[1:] if r.endswith("\n")
-                               and int(r.split(",")[0]) <= self.first_step]
-            write_aside(log, lambda p: p.write_text("".join(rows) if len(rows) > 1 else ""))
+            header, *rows = log.read_text().splitlines(keepends=True) or [""]
+            rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= self.first_step]
+            write_aside(log, lambda path: path.write_text("".join([header, *rows] if rows else "")))
 
     def steps(self):
-        """The step numbers 0 to --steps - 1, with a progress bar. Ctrl-C ends the run after a step."""
+        """Step numbers 0 to --steps - 1, with a progress bar. Ctrl-C ends the run after a step."""
         def interrupt(*_):
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
 
         previous, first, total = {}, self.first_step, self.args.steps
+        start = time.perf_counter()
         with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
             previous = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with tqdm(total=total, initial=first, desc=self.name, disable=None) as self.bar:
                 for step in range(first, total):
-                    if step == first + 2:
-                        start = time.perf_counter()
-                    elif step == first + 10:
-                        hours = (time.perf_counter() - start) / 8 * (total - step) / 3600
-                        if hours > 1:
-                            tqdm.write(f"This run will take about {hours:.1f} hours on "
-                                       f"{self.args.device}. Minutes on a CPU: --size 96 --width 16 "
-                                       "--steps 1500. Or use a machine with a GPU.", sys.stdout)
+                    start = time.perf_counter() if step <= first + 2 else start
+                    hours = (time.perf_counter() - start) / 8 * (total - step) / 3600
+                    if step == first + 10 and hours > 1:
+                        tqdm.write(f"This run will take about {hours:.1f} hours on this machine. "
+                                   "A short one: --size 96 --width 16 --steps 1500", sys.stdout)
                     yield step
                     self.bar.update()
         finally:
@@ -1009,64 +987,63 @@ class Run:
         self.scaler.update()
 
     def log(self, **terms):
-        """Add a step's loss terms and diagnostics, scalar tensors or numbers; does not wait for the
-        device."""
+        """Add a step's loss terms and diagnostics (scalars) without waiting for the device."""
         for k, v in terms.items():
             v = v.detach() if torch.is_tensor(v) else torch.tensor(float(v))
-            v = v if self.device_type == "mps" else v.double()
             self.sums[k] = self.sums[k] + v if k in self.sums else v.clone()
         self.count += 1
 
     def save(self, step):
         """End of a step: every 20 steps a row of log.csv; every --val-every steps validation and
         checkpoints. A term that is not finite ends the run, and nothing is saved after that."""
-        done, args, folder = step + 1, self.args, self.folder
+        done, args, log = step + 1, self.args, self.folder / "log.csv"
         validate = done % args.val_every == 0 or done == args.steps
         if not (done % 20 == 0 or validate or self.interrupted):
             return
         row = {k: v.item() / self.count for k, v in self.sums.items()}
-        for k, v in row.items():
-            if not math.isfinite(v):
-                stop(f"{k} is {v} between steps {done - self.count} and {done}. Nothing is saved "
-                     f"after that; {folder} has the last checkpoint. Lower --lr or the weight of "
-                     "the unsupervised loss.", status=1)
+        for k in [k for k, v in row.items() if not math.isfinite(v)]:
+            stop(f"{k} is {row[k]} between steps {done - self.count} and {done}. Nothing is saved "
+                 f"after that; {self.folder} has the last checkpoint. Lower --lr.", status=1)
         shown = {k: f"{row[k]:.3f}" for k in ("loss", "lam") if k in row}
         self.bar.set_postfix(**shown, best=f"{self.best:.1f}")
-        state, row["val_dice"] = {}, ""
+        row["val_dice"], better = "", False
         if validate:
             scores = evaluate(self.predict, self.networks, self.data, "val", distances=False)
             dice = {k: s["dice"] or 0.0 for k, s in scores.items()}
             tqdm.write(f"step {done}/{args.steps}  loss {row['loss']:.3f}  validation Dice "
                        + ", ".join(f"{k} {d:.1f}" for k, d in dice.items()), sys.stdout)
             row["val_dice"] = next(iter(dice.values()))
+            better, self.best = row["val_dice"] > self.best, max(row["val_dice"], self.best)
         if validate or done % 20 == 0:
-            new = not (folder / "log.csv").exists() or not (folder / "log.csv").stat().st_size
-            with open(folder / "log.csv", "a") as file:
-                file.write(",".join(["step", *row]) + "\n" if new else "")
-                file.write(",".join(map(str, [done, *row.values()])) + "\n")
+            header = [] if log.exists() and log.stat().st_size else [["step", *row]]
+            with open(log, "a") as file:
+                for line in [*header, [done, *row.values()]]:
+                    file.write(",".join(map(str, line)) + "\n")
             self.sums, self.count = {}, 0
-        if not validate and not self.interrupted:
-            return
-        better = validate and row["val_dice"] > self.best
-        self.best = row["val_dice"] if better else self.best
-        state = {"method": self.name, "step": done, "best": self.best, "size": args.size,
-                 "width": args.width, "channels": self.data.channels, "classes": self.data.classes,
-                 "scaling": "8 bit / 255, others by their volume's 0.5 to 99.5 percentiles",
-                 "networks": {k: network.state_dict() for k, network in self.networks.items()}}
-        if better:
-            write_aside(folder / "best.pt", lambda p: torch.save(state, p))
-        cuda = self.device_type == "cuda"
-        more = {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "scaler": self.scaler.state_dict(), "rng": torch.get_rng_state(),
-                "labeled": self.data.labeled.state_dict(), "sums": self.sums, "count": self.count,
-                "unlabeled": self.data.unlabeled.state_dict(),
-                **({"cuda_rng": torch.cuda.get_rng_state(args.device)} if cuda else {})}
-        write_aside(folder / "last.pt", lambda p: torch.save(state | more, p))
+        if validate or self.interrupted:
+            self.write_checkpoints(done, better)
         if self.interrupted:
             self.bar.close()
             command = " ".join(shlex.quote(word) for word in sys.argv if word != "--resume")
             print(f"stopped; saved at step {done}. To continue: python {command} --resume")
             sys.exit(130)
+
+    def write_checkpoints(self, done, better):
+        """last.pt, all that a resumed run needs; before it best.pt, all that predicting needs."""
+        args, data = self.args, self.data
+        state = {"method": self.name, "step": done, "best": self.best, "size": args.size,
+                 "width": args.width, "channels": data.channels, "classes": data.classes,
+                 "scaling": "8 bit / 255, others by their volume's 0.5 to 99.5 percentiles",
+                 "networks": {k: network.state_dict() for k, network in self.networks.items()}}
+        if better:
+            write_aside(self.folder / "best.pt", lambda path: torch.save(state, path))
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                  "scaler": self.scaler.state_dict(), "rng": torch.get_rng_state(),
+                  "labeled": data.labeled.state_dict(), "unlabeled": data.unlabeled.state_dict(),
+                  "sums": self.sums, "count": self.count}
+        if self.device_type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+        write_aside(self.folder / "last.pt", lambda path: torch.save(state, path))
 
     def finish(self):
         """Score the test units, once: every network, last and best. Writes results.json and
@@ -1081,24 +1058,26 @@ class Run:
             for k, scores in evaluate(self.predict, self.networks, data, "test").items():
                 table.setdefault(k, {})[which] = scores
         name, head = next((k, scores["last"]) for k, scores in table.items())
+        headline = {"network": name, **{m: head[m] for m in METRICS}}
         results = {"method": self.name, "dataset": data.name, "labeled": args.labeled,
                    "seed": args.seed, "steps": args.steps, "split": data.split_hash,
-                   "headline": {"network": name, **{m: head[m] for m in METRICS}},
-                   "best_step": best["step"], "networks": table}
-        text = json.dumps(results, indent=1)
-        write_aside(self.folder / "results.json", lambda p: p.write_text(text))
+                   "headline": headline, "best_step": best["step"], "networks": table}
+        self.write_json("results.json", results)
         print(f"\nTest: {len(data.volumes('test'))} volumes of {len(data.split['test'])} units\n"
-              f"{'network, checkpoint':36}{'Dice %':>8}{'Jaccard %':>11}{'HD95 px':>9}{'ASD px':>8}")
+              f"{'network, checkpoint':32}  Dice % Jaccard %  HD95 px ASD px")
         for k, both in table.items():
-            for which, label in (("last", "last"), ("best", f"best on validation ({best['step']})")):
-                cells = [f"{both[which][m]:.2f}" if both[which][m] is not None else "n/a" for m in METRICS]
+            for which, label in (("last", "last"), ("best", f"best on val ({best['step']})")):
+                cells = [both[which][m] for m in METRICS]
+                cells = ["n/a" if cell is None else f"{cell:.2f}" for cell in cells]
+                cells = [cell.rjust(n) for cell, n in zip(cells, (8, 10, 9, 7), strict=True)]
                 mark = "  <- headline" * (k == name and which == "last")
-                print(f"{k + ', ' + label:36}{cells[0]:>8}{cells[1]:>11}{cells[2]:>9}{cells[3]:>8}{mark}")
-        dice = [f"{c}: {s['dice']:.1f}" for c, s in head["classes"].items() if s["dice"] is not None]
+                print(f"{k + ', ' + label:32}{''.join(cells)}{mark}")
+        dice = [f"{c}: {'n/a' if s['dice'] is None else round(s['dice'], 1)}"
+                for c, s in head["classes"].items()]
         both, missed, false = (sum(counts[k] for counts in head["empty"].values())
                                for k in ("both", "missed", "false"))
-        print(f"{name}, last: Dice by class {', '.join(dice)}. Of {both + false} class volumes without "
-              f"a truth {both} were predicted empty (not scored); {missed} others missed\n"
+        print(f"Dice by class {', '.join(dice)}. Of {both + false} cases of a class absent from a "
+              f"volume, {both} predicted empty (not scored); {missed} present ones were missed\n"
               f"results.json, preview.png, log.csv, last.pt and best.pt are in {self.folder}")
         return results
 
@@ -1110,10 +1089,9 @@ COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#911eb4", "#46
 
 def overlay(image, labels):
     """Image (channels, H, W) in [0, 1] with a label map (H, W) over it -> (3, H, W) uint8."""
-    image = (image.expand(3, -1, -1) * 255).byte()
-    classes = range(1, max(2, int(labels.max()) + 1))
-    masks = torch.stack([labels == c for c in classes])
-    colors = [COLORS[(c - 1) % len(COLORS)] for c in classes]
+    image, classes = (image.expand(3, -1, -1) * 255).byte(), max(1, int(labels.max()))
+    masks = torch.stack([labels == c + 1 for c in range(classes)])
+    colors = [COLORS[c % len(COLORS)] for c in range(classes)]
     return draw_segmentation_masks(image, masks, 0.5, colors)
 
 
@@ -1126,16 +1104,16 @@ def save_sheet(path, columns):
     sheet.paste(tvf.to_pil_image(grid), (0, 20))
     for i, title in enumerate(columns):
         ImageDraw.Draw(sheet).text((4 + i * 162, 3), title, "black", ImageFont.load_default(13))
-    write_aside(Path(path), lambda p: sheet.save(p, "PNG"))
+    write_aside(Path(path), lambda path: sheet.save(path, "PNG"))
 
 
 def save_preview(run):
     """preview.png: image, truth, each network's labels and the paper's own columns, for the middle
     slices of four validation volumes."""
-    volumes = list(run.data.volumes("val").values())
+    volumes, sheet = list(run.data.volumes("val").values()), {}
     chosen = [v[len(v) // 2] for v in volumes[::max(1, len(volumes) // 4)]][:4]
     x = run.data.load_images(chosen)
-    columns, sheet = {"image": x, "truth": run.data.load_labels(chosen)}, {}
+    columns = {"image": x, "truth": run.data.load_labels(chosen)}
     with evaluating(run.networks):
         columns |= {k: p.argmax(1) for k, p in run.predict(run.networks, x).items()}
         columns |= run.pictures(run.networks, x)
@@ -1144,66 +1122,65 @@ def save_preview(run):
         if labels.dim() == 3 and not labels.is_floating_point():
             sheet[title] = list(map(overlay, images.cpu(), labels.cpu()))
         else:  # images, or heat between 0 and its largest value
-            heat = labels if labels.dim() == 4 else (labels / labels.amax().clamp_min(1e-8))[:, None]
+            heat = labels[:, None] / labels.amax().clamp_min(1e-8) if labels.dim() == 3 else labels
             sheet[title] = list((heat.cpu().expand(-1, 3, -1, -1) * 255).byte())
     save_sheet(run.folder / "preview.png", sheet)
 
 
 def check(args):
     """The data doctor: everything about a dataset that a run depends on. Reads hidden masks too."""
-    data = Data(args)
+    data, counts = Data(args), np.zeros(256, int)
     data.decode()
-    with_mask, counts = [i for i, has_mask in enumerate(data.has_mask) if has_mask], np.zeros(256, int)
+    with_mask = [i for i, has_mask in enumerate(data.has_mask) if has_mask]
     for mask in read_each(with_mask, data.read_mask, "masks"):
         counts += np.bincount(mask.ravel(), minlength=256)
-    sample = data.images[::max(1, len(data.names) // 100)]
     print(f"{data.name}: {len(data.names)} images, {len(with_mask)} with masks, "
-          f"{len(set(data.units))} units (patients, or single images), {len(set(data.volumes_of))} volumes")
+          f"{len(set(data.units))} units (patients or images), {len(set(data.volumes_of))} volumes")
     for i in sorted({0, len(data.names) // 2, len(data.names) - 1}):
         print(f"  {data.names[i]}: unit {data.units[i]}, volume {data.volumes_of[i]}")
+    sample, sizes = data.images[::max(1, len(data.names) // 100)], sorted(set(data.sizes))
     shares = [f"{c} ({n / counts.sum():.2%} of pixels)" for c, n in enumerate(counts) if n]
-    print(f"channels: {data.channels}; intensities {sample.min()} to {sample.max()}, mean "
-          f"{sample.mean():.0f} of 255\nclasses: {', '.join(shares)}")
+    print(f"sizes: {some([f'{h} x {w}' for h, w in sizes])}; channels: {data.channels}; intensity "
+          f"{sample.min()} to {sample.max()}, mean {sample.mean():.0f}\nclasses: {some(shares)}")
     for part, units in data.split.items():
         print(f"{part}: {len(units)} units, {len(data.indices(part))} images: {some(units)}")
     chosen = data.indices("labeled")[::max(1, len(data.indices("labeled")) // 6)][:6]
     x, y = data.load_images(chosen).cpu(), data.load_labels(chosen).cpu()
-    folder = Path(args.out) / data.name
-    folder.mkdir(parents=True, exist_ok=True)
-    sheet = {"image": list(map(overlay, x, 0 * y)), "mask": list(map(overlay, x, y))}
-    save_sheet(folder / "check.png", sheet)
-    print(f"no problem found; look at {folder / 'check.png'}")
+    path = Path(args.out) / data.name / "check.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_sheet(path, {"image": list(map(overlay, x, 0 * y)), "mask": list(map(overlay, x, y))})
+    print(f"no problem found; look at {path}")
 
 
-def write_phantom(args):
+def write_phantom(folder, size):
     """Write the phantom as a dataset folder."""
-    if args.out.exists():
-        stop(f"--out {args.out} exists. Name a new folder.")
-    names, images, masks, lists = phantom(args.size)
+    if folder.exists():
+        stop(f"--out {folder} exists. Name a new folder.")
+    names, images, masks, lists = phantom(size)
     for part, arrays in (("images", images[:, 0]), ("masks", masks)):
-        (args.out / part).mkdir(parents=True)
+        (folder / part).mkdir(parents=True)
         for name, array in zip(names, arrays, strict=True):
-            Image.fromarray(array).save(args.out / part / f"{name}.png")
+            Image.fromarray(array).save(folder / part / f"{name}.png")
     for part, units in lists.items():
-        (args.out / f"{part}.txt").write_text("\n".join(units) + "\n")
-    print(f"{len(names)} images in {args.out}. Try:\n"
-          f"python mean_teacher.py --data {args.out} --size {args.size} --labeled 10%")
+        (folder / f"{part}.txt").write_text("\n".join(units) + "\n")
+    print(f"{len(names)} images in {folder}. Try:\n"
+          f"python mean_teacher.py --data {folder} --size {size} --labeled 10%")
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["check"]:
-        args = parse(parser(check.__doc__), argv[1:])
+    command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command == "check":
+        args = parse(parser(check.__doc__), argv)
         args.labeled = args.labeled or "10%"
         check(args)
-    elif argv[:1] == ["phantom"]:
+    elif command == "phantom":
         p = argparse.ArgumentParser(prog="common.py phantom", description=write_phantom.__doc__)
-        p.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+        p.add_argument("--out", type=Path, required=True, metavar="FOLDER", dest="folder")
         p.add_argument("--size", type=number(int, 16), default=64)
-        write_phantom(p.parse_args(argv[1:]))
+        write_phantom(**vars(p.parse_args(argv)))
     else:
         print(__doc__)
-        sys.exit(0 if argv in ([], ["-h"], ["--help"]) else 2)
+        sys.exit(0 if command in ("-h", "--help") else 2)
 
 
 if __name__ == "__main__":

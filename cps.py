@@ -1,20 +1,19 @@
 """CPS: cross pseudo supervision.
 
-"Semi-supervised semantic segmentation with cross pseudo supervision", X. Chen, Y. Yuan, G. Zeng and J. Wang,
-CVPR 2021, https://arxiv.org/abs/2106.01226
+"Semi-supervised semantic segmentation with cross pseudo supervision", X. Chen, Y. Yuan, G. Zeng,
+J. Wang, CVPR 2021, https://arxiv.org/abs/2106.01226
 
 Idea
-    Two networks of one architecture start from different random weights, so they make different mistakes. On an
-    image without a mask, each network's hard labels (its most probable classes) are the other one's training target.
-    Where they disagree, each is corrected by the other; where they agree, the shared label acts as additional
-    training data. With CutMix, boxes of one unlabelled image are pasted into another: the networks see the mixed
-    image, while the labels come from the two unmixed ones, mixed in the same way. Network 1 is used in the end.
+    Two networks of one architecture start from different random weights, so they make different
+    mistakes. On an image without a mask, each network's hard labels (its most probable classes) are
+    the other's target: where they disagree, they correct each other; where they agree, the label is
+    more training data. With CutMix, boxes of one unlabelled image are pasted into another: the
+    networks train on the mixed image with the labels of the two unmixed ones, mixed alike.
+    Network 1 is used in the end.
 
-        x_u ---> network 1 ---> P_1 ---> Ŷ_1 --+
-                                 ^             |  cross-entropy, each with the other's hard labels
-                                 +---- Ŷ_2 <---|---+
-        x_u ---> network 2 ---> P_2 <----------+   |
-                                 +-----------------+       (labelled images: supervised loss for both)
+        x_u ---> network 1 ---> P_1 <---- cross-entropy ----- Ŷ_2 <--- network 2 <--- x_u
+        x_u ---> network 1 ---> Ŷ_1 ----- cross-entropy ----> P_2 <--- network 2 <--- x_u
+        x_l ---> both networks ---> supervised loss <--- y    (no gradient through Ŷ)
 
 Run
     python cps.py                                      # the built-in phantom
@@ -25,17 +24,21 @@ Equations (numbers are this file's)
     Eq. (1)  cps_loss     each network's cross-entropy with the other's hard labels
     Eq. (2)  cutmix_mask  where an image shows its partner: three boxes
     Eq. (3)  cutmix       the mixed image, or the mixed label map
-    Eq. (4)  main         L = sum over both networks of L_sup + lambda L_cps
+    Eq. (4)  main         L = Σ_k L_sup(P_k, y) + λ L_cps
 
 Differences
-    1. From the paper: a U-Net, AdamW and the supervised loss of all six files (CE + Dice; the paper: CE, SGD and
-       pretrained DeepLabv3+). It matters little for the comparison here, since all six share them.
-    2. From the paper: the networks train on one common.strong view of the images; the pseudo-labels come from the
-       weak view [ours]. The paper uses one view for both. It helps where labels are few.
-    3. Like the authors' code: with CutMix, L_cps covers the mixed unlabelled images only; without it, labelled and
-       unlabelled ones, as in the paper. The networks run in train mode also when they make labels.
-    4. From the authors' code: the CutMix partner is the next image of the batch, not a second batch; labelled and
-       unlabelled images share one pass, so BatchNorm sees both together. It matters little.
+    1. From the paper: U-Nets, AdamW and CE + Dice as in all six files (the paper: DeepLabv3+, SGD,
+       CE). It matters little to a comparison of the six.
+    2. From the paper: networks train on a common.strong view, pseudo-labels come from the weak one
+       [ours]; the paper takes one view for both.
+    3. From the paper: λ = 0.3 (the paper: 1.5 on VOC, 6 on Cityscapes; its code: 1 with CutMix on
+       VOC). It matters in short training without a ramp: with λ = 1, seed 10 of the phantom ended
+       at 74 validation Dice, with 0.3 at 82; labelled-only has 77.
+    4. Like the authors' code: with CutMix, L_cps covers mixed unlabelled images only, without it
+       labelled ones too. Labelled and unlabelled images pass separately. The networks stay in train
+       mode when they make labels. The unlabelled stream holds no labelled image.
+    5. From the authors' code: the CutMix partner is the next image of the batch, not of a second
+       batch. It does not matter.
 """
 import argparse
 
@@ -48,32 +51,33 @@ WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
 BOXES = 3  # [code] boxes of CutMix
 AREA = (0.25, 0.5)  # [code] their total share of the image, before overlap
 
-# ------------------------------------------------------------------------------------------------- Modules
+# ------------------------------------------------------------------------------------------ Modules
 
 # none: two plain U-Nets
 
-# ----------------------------------------------------------------------------------------------- Equations
+# ---------------------------------------------------------------------------------------- Equations
 
 
 def cps_loss(logits_1, logits_2, label_1, label_2):
     """Eq. (1): L_cps = CE(P_1, Ŷ_2) + CE(P_2, Ŷ_1), means over images and pixels.
 
-    logits (B, C, H, W), labels (B, H, W) long -> scalar. Gradient flows into both logits; labels have none.
+    logits (B, C, H, W), labels (B, H, W) long -> scalar. Gradient flows into both logits.
     Example: uniform logits of C classes give 2 log C, whatever the labels.
     """
     return F.cross_entropy(logits_1, label_2) + F.cross_entropy(logits_2, label_1)
 
 
 def cutmix_mask(b, h, w, boxes, area, device):
-    """Eq. (2): M = 1 inside the union of `boxes` random boxes, each of share r / boxes of the image, r ~ U(area).
+    """Eq. (2): M = 1 inside any of `boxes` random boxes of share r / boxes each, r ~ U(area).
 
-    -> bool (B, H, W), different for each image. Sides h √s e^a and w √s e^-a, a ~ U(-½, ½), clipped to the image's;
-    boxes lie wholly inside.
+    -> bool (B, H, W), drawn for each image; no gradient. A box of share s has the sides H √s e^a
+    and W √s e^-a, a ~ U(-1/2, 1/2), at most the image's, and lies wholly inside.
     """
     low, high = area
     share = torch.empty(b, 1, device=device).uniform_(low, high).expand(b, boxes) / boxes
     aspect = torch.empty(b, boxes, device=device).uniform_(-0.5, 0.5).exp()
-    box_h, box_w = (h * share.sqrt() * aspect).clamp(max=h), (w * share.sqrt() / aspect).clamp(max=w)
+    box_h = (h * share.sqrt() * aspect).clamp(max=h)
+    box_w = (w * share.sqrt() / aspect).clamp(max=w)
     top = torch.rand(b, boxes, device=device) * (h - box_h)
     left = torch.rand(b, boxes, device=device) * (w - box_w)
     y = torch.arange(h, device=device).view(1, 1, h, 1) + 0.5
@@ -84,29 +88,30 @@ def cutmix_mask(b, h, w, boxes, area, device):
 
 
 def cutmix(x, mask):
-    """Eq. (3): x' = (1 − M) x + M x_partner; the partner is the next image of the batch, `x.roll(1, 0)`.
+    """Eq. (3): x' = (1 − M) x + M x_partner, the partner being x.roll(1, 0).
 
     x: images (B, channels, H, W) or label maps (B, H, W); mask: bool (B, H, W). -> the shape of x.
+    Gradient flows into x.
     """
     return torch.where(mask if x.dim() == 3 else mask[:, None], x.roll(1, 0), x)
 
 
-# ------------------------------------------------------------------------------------------------ Networks
+# ----------------------------------------------------------------------------------------- Networks
 
 
 def build(channels, classes, width):
     """Two U-Nets with different random weights: {name: network}."""
-    return {"network 1": UNet(channels, classes, width), "network 2": UNet(channels, classes, width)}
+    return {name: UNet(channels, classes, width) for name in ("network 1", "network 2")}
 
 
 def predict(networks, x):
-    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}; the first is the one that is reported."""
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}, the reported one first."""
     probs = {name: networks[name](x).softmax(1) for name in ("network 1", "network 2")}
     return probs | {"ensemble": (probs["network 1"] + probs["network 2"]) / 2}
 
 
 def pictures(networks, x):
-    """Columns of preview.png: where the networks correct each other, and what CutMix makes of images and labels."""
+    """Columns of preview.png: where the networks correct each other, and what CutMix makes."""
     label_1, label_2 = (networks[name](x).argmax(1) for name in ("network 1", "network 2"))
     mask = cutmix_mask(len(x), *x.shape[2:], BOXES, AREA, x.device)
     return {"disagreement": (label_1 != label_2).float(), "CutMix image": cutmix(x, mask),
@@ -116,8 +121,10 @@ def pictures(networks, x):
 def main(argv=None):
     # options
     options = parser(__doc__)
-    options.own.add_argument("--weight", type=float, default=0.3, help="lambda (%(default)s)")
-    options.own.add_argument("--cutmix", action=argparse.BooleanOptionalAction, default=True, help="mix unlabelled images")
+    add = options.own.add_argument
+    add("--weight", type=float, default=0.3, help="λ of L_cps (%(default)s) [ours]")
+    add("--cutmix", action=argparse.BooleanOptionalAction, default=True,
+        help="mix unlabelled images")
     args = parse(options, argv)
 
     # data, run, networks, optimizer
@@ -134,7 +141,8 @@ def main(argv=None):
         x_l, y_l, x_u, *_ = data.batch()
 
         # 2 views
-        mask = cutmix_mask(len(x_u), *x_u.shape[2:], BOXES, AREA, x_u.device) & args.cutmix  # (B, H, W)
+        mask = cutmix_mask(len(x_u), *x_u.shape[2:], BOXES, AREA, x_u.device)  # (B, H, W)
+        mask = mask & args.cutmix  # without CutMix all False
         x_ls, x_us = strong(x_l), strong(cutmix(x_u, mask))
 
         # 3 targets
@@ -148,8 +156,9 @@ def main(argv=None):
             logits_l2, logits_u2 = network_2(x_ls), network_2(x_us)
         loss_sup = supervised_loss(logits_l1, y_l) + supervised_loss(logits_l2, y_l)
         loss_cps = cps_loss(logits_u1, logits_u2, label_1, label_2)
-        if not args.cutmix:  # [code] with CutMix unlabelled images only; [paper] without it labelled ones too
-            loss_cps = loss_cps + cps_loss(logits_l1, logits_l2, logits_l1.argmax(1), logits_l2.argmax(1))
+        if not args.cutmix:  # [paper] labelled images too; [code] with CutMix unlabelled ones only
+            label_l1, label_l2 = logits_l1.argmax(1), logits_l2.argmax(1)
+            loss_cps = loss_cps + cps_loss(logits_l1, logits_l2, label_l1, label_l2)
         loss = loss_sup + args.weight * loss_cps  # Eq. (4)
 
         # 5 step

@@ -276,11 +276,10 @@ def test_deep_images_are_scaled_by_their_volume(tmp_path):
         Image.fromarray(array.astype(np.uint16)).save(tmp_path / f"{name}.png")
         np.save(tmp_path / f"{name}.npy", array.astype(np.float32))
     for ending in ("png", "npy"):
-        both, sizes = common.read_volume([tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"], 1, 16)
-        assert sizes == [(16, 16), (16, 16)] and both[0].max() <= both[1].min() + 1  # one scale for both
-        assert both.min() == 0 and both.max() == 255
-        alone, _ = common.read_volume([tmp_path / f"a.{ending}"], 1, 16)
-        assert alone.max() == 255
+        a, b = common.read_volume([tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"])
+        assert a.dtype == np.uint8 and a.max() <= b.min() + 1  # one scale for both
+        assert a.min() == 0 and b.max() == 255
+        assert common.read_volume([tmp_path / f"a.{ending}"])[0].max() == 255
 
 
 def test_masks_of_every_kind(tmp_path):
