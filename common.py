@@ -213,9 +213,9 @@ def evaluate(predict, networks, data, part, distances=True):
     """Score every network on all volumes of `part` ("val" or "test"): {network: summary}.
 
     predict(networks, x) -> {name: probabilities (B, C, h, w)}; resized bilinearly to the images'
-    original size, then argmax. Slices of one volume are scored together, in 3-D. A summary holds,
-    for each metric, the mean over foreground classes of the mean over volumes (None where no volume
-    defines it), its parts in "classes" and "volumes", and in "empty", for each class, in how many
+    original size, then argmax. Slices of one volume are scored together, in 3-D. A summary holds
+    for each metric the mean over foreground classes of the mean over volumes (None where no volume
+    defines it), in "classes" and "volumes" its parts, and in "empty", for each class, in how many
     volumes both masks were empty, the prediction alone ("missed") or the truth alone ("false").
     """
     volumes, empty = {}, {}  # network -> volume -> class -> scores; network -> class -> counts
@@ -227,18 +227,16 @@ def evaluate(predict, networks, data, part, distances=True):
                 for name, probs in predict(networks, data.load_images(chunk)).items():
                     probs = F.interpolate(probs, truth.shape[1:], mode="bilinear")
                     labels.setdefault(name, []).append(probs.argmax(1).to(torch.uint8).cpu())
-        truth = truth[0] if len(truth) == 1 else truth
         for name, chunks in labels.items():
-            pred = torch.cat(chunks).numpy().reshape(truth.shape)
-            for c in range(1, data.classes):
-                a, b = pred == c, truth == c
+            for c in map(str, range(1, data.classes)):
+                a, b = torch.cat(chunks).numpy() == int(c), truth == int(c)
+                a, b = (a[0], b[0]) if len(b) == 1 else (a, b)  # one image is scored in 2-D
                 scores = mask_scores(a, b, distances)
-                volumes.setdefault(name, {}).setdefault(volume, {})[str(c)] = scores
-                counts = empty.setdefault(name, {})
-                counts = counts.setdefault(str(c), {"both": 0, "missed": 0, "false": 0})
-                counts["both"] += scores is None
-                counts["missed"] += bool(b.any() and not a.any())
-                counts["false"] += bool(a.any() and not b.any())
+                volumes.setdefault(name, {}).setdefault(volume, {})[c] = scores
+                counts = {"both": not a.any() and not b.any(), "missed": b.any() and not a.any(),
+                          "false": a.any() and not b.any()}
+                total = empty.setdefault(name, {}).setdefault(c, dict.fromkeys(counts, 0))
+                total.update({k: total[k] + int(count) for k, count in counts.items()})
     return {name: summarize(volumes[name], empty[name]) for name in volumes}
 
 
@@ -249,7 +247,7 @@ def summarize(volumes, empty):
         return sum(values) / len(values) if values else None
 
     classes = {c: {m: mean(scores[c].get(m) for scores in volumes.values() if scores[c])
-                   for m in METRICS} for c in next(iter(volumes.values()))}
+                   for m in METRICS} for c in empty}
     summary = {m: mean(scores[m] for scores in classes.values()) for m in METRICS}
     return {**summary, "classes": classes, "empty": empty, "volumes": volumes}
 
@@ -641,10 +639,11 @@ def read_pixels(path, mask=False):
                 if getattr(image, "n_frames", 1) > 1:
                     raise ValueError(f"{image.n_frames} pages in a file; expected one file a slice")
                 grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
-                colours = image if grey else image.convert("L" if image.mode == "LA" else "RGB")
-                black_white = {*np.unique(colours)} <= {0, 255} and not np.ptp(colours, -1).any()
-                indices = mask and image.mode == "P" and not black_white
-                array = np.asarray(image if indices else colours)
+                mode = image.mode if grey else "L" if image.mode == "LA" else "RGB"
+                array = np.asarray(image if grey else image.convert(mode))
+                palette = mask and image.mode == "P"
+                if palette and (np.ptp(array, 2).any() or {*np.unique(array)} - {0, 255}):
+                    array = np.asarray(image)
         if array.ndim not in (2, 3) or not array.size or array.shape[2:] not in ((), (3,), (4,)):
             raise ValueError(f"an array of shape {array.shape}; expected (H, W) or (H, W, 3)")
         if array.dtype.kind not in "buif" or not np.isfinite(array).all():
@@ -853,7 +852,7 @@ def write_aside(path, write):
     """write(temporary path), then rename: readers of `path` find the old or the new file, whole."""
     aside = path.with_name(path.name + ".tmp")
     write(aside)
-    with open(aside, "rb") as file:
+    with open(aside, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)
 

@@ -415,3 +415,25 @@ def test_a_term_that_is_not_finite_stops_the_run(options, tmp_path, capsys):
             run.save(step)
     assert stopped.value.code == 1 and "cons is nan between steps 0 and 4" in capsys.readouterr().err
     assert not (run.folder / "last.pt").exists()
+
+
+def test_a_run_of_hours_says_so_after_its_first_steps(options, monkeypatch, capsys):
+    args = parse(parser(""), options("phantom", "--val-every", "1000", steps=1000))
+    run, clock = Run("x", args, Data(args)), iter(range(10**6))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: 100.0 * next(clock))
+    for step in run.steps():
+        if step == 11:
+            break
+    assert "will take about" in capsys.readouterr().out
+
+
+def test_a_batch_carries_indices_and_maps(options):
+    args = parse(parser(""), options())
+    data = Data(args)
+    data.decode()
+    maps = np.zeros(data.images[:, 0].shape, np.uint8) + np.arange(len(data.names), dtype=np.uint8)[:, None, None] % 250 + 1
+    batch = data.batch(maps)
+    assert batch.x_l.shape == (2, 1, 32, 32) and batch.y_l.shape == (2, 32, 32) and batch.y_l.dtype == torch.long
+    for i, m in zip(batch.index_u, batch.map_u, strict=True):
+        assert data.units[i] in data.split["unlabeled"] and set(m.unique().tolist()) <= {0, int(i) % 250 + 1}
+    assert data.batch().map_u is None and 0 <= batch.x_u.min() and batch.x_u.max() <= 1
