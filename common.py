@@ -9,15 +9,13 @@ Shapes: B images, C classes, H x W pixels. Images are floats in [0, 1], label ma
 """
 import argparse
 import contextlib
-import copy
-import glob
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -105,12 +103,10 @@ class UNet(nn.Module):
 
 # --- Shared formulas ------------------------------------------------------------------------------
 
-
 def supervised_loss(logits, y):
     """0.5 cross-entropy + 0.5 soft Dice loss: logits (B, C, H, W), y (B, H, W) long -> scalar.
 
-    Dice for each image and class, background included, no squares, 1e-5 against division by zero;
-    then the mean. Gradient flows into the logits.
+    Dice: each image and class, background too, no squares, ε = 1e-5, mean. Gradient: into logits.
     """
     probs = logits.softmax(1)
     target = F.one_hot(y, logits.shape[1]).movedim(-1, 1).to(probs.dtype)  # (B, C, H, W)
@@ -130,7 +126,7 @@ def poly_decay(step, steps):
 
 
 def set_lr(optimizer, lr):
-    """Set the learning rate of all parameter groups; returns it, for the log."""
+    """Set all parameter groups' learning rate; returns it, for the log."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
@@ -153,8 +149,8 @@ def surface_points(mask):
 def distances_to(target, points):
     """Euclidean distance from each point (N, 2 or 3) to the nearest of the target points: (N,).
 
-    Exact, one axis after the other (Felzenszwalb & Huttenlocher 2012): squared distances along the
-    first axis by two scans, in 3-D along the second for all pixels, along the last at the points.
+    Exact, an axis at a time (Felzenszwalb & Huttenlocher 2012): squared distances along the first
+    by two scans, in 3-D along the second for all pixels, along the last at the points alone.
     """
     shape = np.maximum(target.max(0), points.max(0)) + 1
     mask = np.zeros(shape, bool)
@@ -178,8 +174,8 @@ def mask_scores(pred, truth, distances=True):
     """One class, bool arrays (2-D or 3-D) -> {dice, jaccard (%), hd95, asd (pixels)} or None.
 
     HD95 pools both directions' surface distances; ASD goes from prediction to truth. Both masks
-    empty: None, not scored. One empty: Dice and Jaccard 0, the distances are the image's diagonal
-    (with 0, as elsewhere, an empty prediction would look perfect).
+    empty: None, not scored. One empty: Dice and Jaccard 0, distances the image's diagonal (not 0,
+    which would make an empty prediction look perfect).
     """
     both, total = int((pred & truth).sum()), int(pred.sum()) + int(truth.sum())
     if total == 0:
@@ -200,90 +196,82 @@ def mask_scores(pred, truth, distances=True):
 @contextlib.contextmanager
 def evaluating(networks):
     """All networks in evaluation mode and without gradients; afterwards each as it was."""
-    modes = {name: network.training for name, network in networks.items()}
-    for network in networks.values():
+    modes = [(network, network.training) for network in networks.values()]
+    for network, _ in modes:
         network.eval()
     with torch.no_grad():
         yield
-    for name, network in networks.items():
-        network.train(modes[name])
+    for network, training in modes:
+        network.train(training)
 
 
 def evaluate(predict, networks, data, part, distances=True):
     """Score every network on all volumes of `part` ("val" or "test"): {network: summary}.
 
-    predict(networks, x) -> {name: probabilities (B, C, h, w)}; resized bilinearly to the images'
-    original size, then argmax. Slices of one volume are scored together, in 3-D. A summary holds
-    for each metric the mean over foreground classes of the mean over volumes (None where no volume
-    defines it), in "classes" and "volumes" its parts, and in "empty", for each class, in how many
-    volumes both masks were empty, the prediction alone ("missed") or the truth alone ("false").
+    predict(networks, x) -> {name: probabilities (B, C, h, w)}, resized to the images' original size
+    before the argmax. A volume's slices are scored together, in 3-D. A summary: for each metric the
+    mean over foreground classes of the mean over volumes (None: undefined), its parts in "classes"
+    and "volumes"; in "empty", for each class, in how many volumes both masks were empty, the
+    prediction alone ("missed") or the truth alone ("false").
     """
-    volumes, empty = {}, {}  # network -> volume -> class -> scores; network -> class -> counts
+    def mean(values):
+        values = [v for v in values if v is not None]
+        return sum(values) / len(values) if values else None
+
+    summaries, names = {}, [str(c) for c in range(1, data.classes)]
     for volume, indices in data.volumes(part).items():
-        truth = np.stack([data.truth(i) for i in indices])  # (D, H, W)
-        labels = {}
+        truth, labels = np.stack([data.truth(i) for i in indices]), {}  # (D, H, W)
         with evaluating(networks):
             for chunk in torch.as_tensor(indices).split(16):
                 for name, probs in predict(networks, data.load_images(chunk)).items():
                     probs = F.interpolate(probs, truth.shape[1:], mode="bilinear")
                     labels.setdefault(name, []).append(probs.argmax(1).to(torch.uint8).cpu())
         for name, chunks in labels.items():
-            for c in map(str, range(1, data.classes)):
+            empty = {c: {"both": 0, "missed": 0, "false": 0} for c in names}
+            summary = summaries.setdefault(name, {"classes": {}, "empty": empty, "volumes": {}})
+            scores = summary["volumes"][volume] = {}
+            for c in names:
                 a, b = torch.cat(chunks).numpy() == int(c), truth == int(c)
                 a, b = (a[0], b[0]) if len(b) == 1 else (a, b)  # one image is scored in 2-D
-                scores = mask_scores(a, b, distances)
-                volumes.setdefault(name, {}).setdefault(volume, {})[c] = scores
-                counts = {"both": not a.any() and not b.any(), "missed": b.any() and not a.any(),
-                          "false": a.any() and not b.any()}
-                total = empty.setdefault(name, {}).setdefault(c, dict.fromkeys(counts, 0))
-                total.update({k: total[k] + int(count) for k, count in counts.items()})
-    return {name: summarize(volumes[name], empty[name]) for name in volumes}
-
-
-def summarize(volumes, empty):
-    """{volume: {class: scores or None}} -> the means over volumes, then over classes."""
-    def mean(values):
-        values = [v for v in values if v is not None]
-        return sum(values) / len(values) if values else None
-
-    classes = {c: {m: mean(scores[c].get(m) for scores in volumes.values() if scores[c])
-                   for m in METRICS} for c in empty}
-    summary = {m: mean(scores[m] for scores in classes.values()) for m in METRICS}
-    return {**summary, "classes": classes, "empty": empty, "volumes": volumes}
+                scores[c] = mask_scores(a, b, distances)
+                if not (a.any() and b.any()):
+                    kind = "false" if a.any() else "missed" if b.any() else "both"
+                    summary["empty"][c][kind] += 1
+    for name, summary in summaries.items():
+        for c in names:
+            scored = [scores[c] for scores in summary["volumes"].values() if scores[c]]
+            summary["classes"][c] = {m: mean(scores.get(m) for scores in scored) for m in METRICS}
+        means = {m: mean(s[m] for s in summary["classes"].values()) for m in METRICS}
+        summaries[name] = {**means, **summary}
+    return summaries
 
 
 # --- Augmentation: on the device, for a whole batch, drawn for each image -------------------------
 
-
 def weak(x, *maps, flip=True):
     """Random flips, rotation (to 20 degrees), scale (0.8 to 1.25) of x (B, channels, H, W) [ours].
 
-    maps: label maps (B, H, W) of any integer type that get the same geometry, by nearest neighbour.
-    What comes from outside the image is 0. -> [images, *maps].
+    maps: integer maps (B, H, W), moved alike, nearest neighbour; 0 from outside. -> [x, *maps].
     """
-    b, device = len(x), x.device
-    if b == 0:
+    if len(x) == 0:
         return [x, *maps]
-    angle = (torch.rand(b, device=device) * 2 - 1) * math.radians(20)
-    zoom = 1.25 ** (torch.rand(b, device=device) * 2 - 1)
-    sign = (torch.rand(b, 2, device=device) < 0.5) * 2.0 - 1
-    sign = sign if flip else torch.ones_like(sign)
+    angle = (torch.rand(len(x), device=x.device) * 2 - 1) * math.radians(20)
+    zoom = 1.25 ** (torch.rand(len(x), device=x.device) * 2 - 1)
+    mirror = torch.rand(len(x), 2, device=x.device) >= 0.5
+    sign_x, sign_y = (1 - 2.0 * (mirror & flip)).unbind(1)
     cos, sin, zero = angle.cos() / zoom, angle.sin() / zoom, torch.zeros_like(angle)
-    theta = torch.stack([cos * sign[:, 0], -sin * sign[:, 1], zero,
-                         sin * sign[:, 0], cos * sign[:, 1], zero], 1).view(b, 2, 3)
+    rows = [cos * sign_x, -sin * sign_y, zero, sin * sign_x, cos * sign_y, zero]
+    theta = torch.stack(rows, 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     out = [F.grid_sample(x, grid, align_corners=False)]
     for m in maps:
-        moved = F.grid_sample(m[:, None].float(), grid, mode="nearest", align_corners=False)
+        moved = F.grid_sample(m[:, None].float(), grid, "nearest", align_corners=False)
         out.append(moved[:, 0].to(m.dtype))
     return out
 
 
 def strong(x):
-    """Random contrast, brightness, gamma, blur and noise of x (B, channels, H, W) in [0, 1] [ours].
-
-    No geometry, so label maps stay aligned. -> the shape of x, in [0, 1].
-    """
+    """Contrast, brightness, gamma, blur, noise of x (B, channels, H, W); stays in [0, 1] [ours]."""
     def uniform(low, high):
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
@@ -298,7 +286,6 @@ def strong(x):
 
 # --- Batches --------------------------------------------------------------------------------------
 
-
 class Batch(NamedTuple):
     """What one step trains on, weakly augmented."""
 
@@ -312,8 +299,7 @@ class Batch(NamedTuple):
 class Shuffled:
     """Endless stream of image numbers: all in random order, then all again in another order.
 
-    Its own generator, kept in checkpoints: a resumed run sees the same batches, and all methods see
-    the same labelled images.
+    Has its own generator, in checkpoints: resumed runs and all methods see the same batches.
     """
 
     def __init__(self, indices, seed):
@@ -341,8 +327,8 @@ class Data:
 
     names[i] is image i, units[i] its patient (or itself), volumes_of[i] its volume; split is
     {"labeled": units, "unlabeled": units, "val": units, "test": units}. decode() adds channels,
-    classes and images (N, channels, S, S) uint8. No mask is opened but the labelled, validation and
-    test ones; read_mask(i) is for what says that it reads hidden ones.
+    classes, images (N, channels, S, S) uint8 and truth(i), mask i (H, W) uint8 at its own size. It
+    opens labelled, validation and test masks; call truth for others only to show hidden masks.
     """
 
     def __init__(self, args):
@@ -359,15 +345,11 @@ class Data:
 
     def indices(self, part):
         """Image numbers of a part; a labelled patient's slices without masks are unlabelled."""
+        images = [(i, u, self.has_mask[i]) for i, u in enumerate(self.units)]
         if part != "unlabeled":
-            units = self.split[part]
-            return [i for i, u in enumerate(self.units) if u in units and self.has_mask[i]]
-        return [i for i, u in enumerate(self.units) if u in self.split["unlabeled"]
-                or (u in self.split["labeled"] and not self.has_mask[i])]
-
-    def truth(self, i):
-        """The mask (H, W) uint8 of a validation or test image, at its original size."""
-        return self.read_mask(i)
+            return [i for i, u, masked in images if masked and u in self.split[part]]
+        train, labeled = self.split["unlabeled"], self.split["labeled"]
+        return [i for i, u, masked in images if u in train or (u in labeled and not masked)]
 
     def volumes(self, part):
         """{volume: image numbers in slice order} of a part."""
@@ -397,10 +379,7 @@ class Data:
         return Batch(x_l, y_l, x_u, maps_u[0] if maps_u else None, index_u)
 
 
-# ##################################################################################################
-# Tools: no need to read these to understand a method
-# ##################################################################################################
-
+# ==================== Tools: no need to read these to understand a method =========================
 
 def stop(message, status=2):
     """End the program with a message: what was found, what was expected, what to do."""
@@ -414,9 +393,6 @@ def some(items):
 
 
 # --- Command line ---------------------------------------------------------------------------------
-
-FREE = ("data", "out", "resume", "device", "val_every", "cache")  # not in a run folder's name
-
 
 def number(kind, minimum):
     """An argparse type: a finite number of this kind, not below the minimum."""
@@ -460,8 +436,11 @@ def parser(doc):
 def parse(parser, argv=None):
     """Parse, and fill in every default; args.options holds what the run folder's name spells."""
     args, unit = parser.parse_args(argv), 2**DEPTH
-    args.options = {k: v for k, v in vars(args).items() if v != parser.get_default(k)
-                    and k not in (*FREE, "labeled", "seed", "supervised")}
+    if hasattr(sys.stdout, "reconfigure"):  # lines reach a log file at once, on every console
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    other = "data labeled seed supervised out resume device val_every cache".split()
+    args.options = {k: v for k, v in vars(args).items()
+                    if k not in other and v != parser.get_default(k)}
     size, width, steps = (64, 16, 800) if args.data == "phantom" else (256, 32, 10000)
     args.size, args.width, args.steps = args.size or size, args.width or width, args.steps or steps
     args.val_every = args.val_every or max(1, args.steps // 10)
@@ -473,11 +452,10 @@ def parse(parser, argv=None):
         mps = torch.backends.mps.is_available()
         args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        torch.zeros(1, device=args.device)
+        cuda = torch.zeros(1, device=args.device).is_cuda
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         stop(f"--device {args.device} cannot be used: {str(error).splitlines()[0]} Expected auto, "
              "cpu, cuda, cuda:1 or mps, on a machine that has it.")
-    cuda = torch.device(args.device).type == "cuda"
     if args.precision == "fp16" and not cuda:
         stop(f"--precision fp16 needs a CUDA GPU, the device is {args.device}. Use fp32.")
     if args.precision == "auto":
@@ -494,10 +472,6 @@ SLICE = re.compile(r"^(?P<volume>(?P<patient>.+?)(_frame\d+)?)_slice_?(?P<slice>
 MAX_CLASS = 31  # a larger number in a mask is no class number (but 255 in a binary mask is)
 
 
-class Bad(Exception):
-    """One file that cannot be used, and why."""
-
-
 def parse_name(name):
     """Image name -> (unit, volume, slice number); a name that is not a slice's is its own unit."""
     match = SLICE.match(name)
@@ -507,22 +481,22 @@ def parse_name(name):
 def scan(root):
     """A dataset folder -> ({name: image path} by volume and slice, {name: mask path})."""
     layout = "Expected PATH/images/NAME.png and PATH/masks/NAME.png; see README, Your own data."
-    if not (root / "images").is_dir():
-        found = some(sorted(os.listdir(root))) or "nothing" if root.is_dir() else "no such folder"
-        stop(f"--data {root}: no folder images in it (found: {found}). {layout}")
     files = {"images": {}, "masks": {}}
-    for part in [part for part in files if (root / part).is_dir()]:
-        for path in sorted((root / part).iterdir()):
+    for part, paths in files.items():
+        for path in sorted((root / part).iterdir()) if (root / part).is_dir() else ():
             name = MASK_SUFFIX.sub("", path.stem) if part == "masks" else path.stem
             if path.suffix.lower() in ENDINGS and not name.startswith("."):
-                other = files[part].setdefault(name, path)
+                other = paths.setdefault(name, path)
                 if other != path:
                     stop(f"two files for {name}: {other.name} and {path.name} in {part}. Keep one.")
-    images, masks = files["images"], files["masks"]
+    images, masks = files.values()
     if not images:
-        found = some(sorted(os.listdir(root / "images"))) or "nothing"
-        stop(f"no images in {root / 'images'} (found: {found}). {layout} {' '.join(ENDINGS)}")
-    orphans = [masks[name].name for name in masks if name not in images]
+        inner = (root / "images").is_dir()
+        place = root / "images" if inner else root
+        found = some(sorted(os.listdir(place))) or "nothing" if root.is_dir() else "no such folder"
+        stop(f"--data: no {'images' if inner else 'folder images'} in {place} (found: {found}). "
+             f"{layout} Endings: {' '.join(ENDINGS)}")
+    orphans = [path.name for name, path in masks.items() if name not in images]
     if orphans:
         stop(f"{len(orphans)} masks have no image of their name: {some(orphans)}. Images are "
              f"{some(images)}. Rename or remove those masks. {layout}")
@@ -545,14 +519,13 @@ def read_ids(path, names):
 
 
 def choose_labeled(spec, units, names):
-    """--labeled -> labelled units. units: the training units with masks, in a seeded order; a share
-    or a number takes the first ones, so 5% lies inside 10% inside 20%."""
+    """--labeled -> units: a file's, or the first of the (seeded) `units`, so 5% is inside 10%."""
     if Path(spec).is_file():
         chosen = read_ids(spec, names)
         outside = [unit for unit in chosen if unit not in units]
         if outside:
-            stop(f"--labeled {spec}: {some(outside)}: not training units with masks, such as "
-                 f"{some(sorted(units))}")
+            stop(f"--labeled {spec}: not training units with masks: {some(outside)}. Expected some "
+                 f"of {some(sorted(units))}")
         return chosen
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
     value, percent = (float(match[1]), match[2]) if match else (0, "")
@@ -561,42 +534,39 @@ def choose_labeled(spec, units, names):
     if value <= 0 or value > (100 if percent else len(units)):
         stop(f"--labeled {spec}: expected a share above 0% and up to 100%, a number of units from "
              f"1 to {len(units)} (the training units with masks), or a text file of ids.")
-    count = math.floor(len(units) * value / 100 + 0.5) if percent else int(value)
-    return sorted(units[:max(1, count)])
+    count = max(1, math.floor(len(units) * value / 100 + 0.5)) if percent else int(value)
+    return sorted(units[:count])
 
 
 def make_split(names, masked, lists, labeled, split_seed):
-    """{"labeled": units, "unlabeled": units, "val": units, "test": units}, each sorted.
+    """{"labeled", "unlabeled", "val", "test": sorted units}, from sorted ids and split_seed alone.
 
-    names: all images; masked: those with masks; lists: units of "train", "val" and "test" as far as
-    given. It depends on the sorted ids and split_seed alone.
+    names: all images; masked: those with masks; lists: {"train", "val", "test": units} or fewer.
     """
     units = sorted({parse_name(name)[0] for name in names})
     with_mask = {parse_name(name)[0] for name in masked}
     if len(units) == 1:
         stop(f"all {len(names)} images belong to one patient, {units[0]}: nothing is left to test "
              "on. NAME_slice_03 means a slice of patient NAME; rename what is a separate image.")
-    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
-        both = sorted(set(lists.get(a, ())) & set(lists.get(b, ())))
+    for a, b in itertools.combinations(lists, 2):
+        both = sorted(set(lists[a]) & set(lists[b]))
         if both:
             stop(f"{some(both)}: in {a}.txt and in {b}.txt. A patient may be in one list only.")
-    listed = {unit for part in lists.values() for unit in part}
+    listed = set(itertools.chain(*lists.values()))
     order = [units[i] for i in np.random.default_rng(split_seed).permutation(len(units))]
-    free, split = [unit for unit in order if unit in with_mask and unit not in listed], {}
+    free, split = [unit for unit in order if unit in with_mask - listed], {}
     for part, share in (("val", 0.1), ("test", 0.2)):
         count = 0 if part in lists else max(1, round(share * len(with_mask)))
-        split[part] = sorted(lists.get(part) or free[:count])
-        free = free[count:]
-    train = set(lists.get("train", free)) | {u for u in units if u not in with_mask | listed}
+        split[part], free = sorted(lists.get(part) or free[:count]), free[count:]
+    train = set(lists.get("train", free)) | set(units) - with_mask - listed
     train_masked = [unit for unit in order if unit in train & with_mask]
     parts = {"validation": split["val"], "test": split["test"], "training": train_masked}
-    for part in [part for part, found in parts.items() if not with_mask & set(found)]:
-        stop(f"no {part} units with masks are left: {len(with_mask)} units have masks, "
-             f"{len(listed)} are in lists. Expected at least one each to train, validate and test "
-             "on: annotate more, or change train.txt, val.txt, test.txt.")
+    for part, found in parts.items():
+        if not with_mask & set(found):
+            stop(f"no {part} units with masks are left: {len(with_mask)} units have masks, "
+                 f"{len(listed)} are in lists. Annotate more, or change the lists: each needs one.")
     if labeled is None and len(with_mask) == len(units):
-        stop("--labeled is needed, since all images have masks: a share such as 10%, a number of "
-             "units such as 7, or a text file of ids.")
+        stop("--labeled is needed, since all images have masks: 10%, 7 units, or a file of ids.")
     split["labeled"] = choose_labeled(labeled or "100%", train_masked, names)
     split["unlabeled"] = sorted(train - set(split["labeled"]))
     return split
@@ -607,18 +577,17 @@ def find_files(data, args):
     if args.data == "phantom":
         args.labeled = args.labeled or "10%"
         names, *data.phantom, lists = phantom(args.size)
-        data.name, masked = "phantom", set(names)
+        data.name, masks = "phantom", set(names)
     else:
-        root = Path(args.data)
-        paths, masked = scan(root)
-        names, data.name, data.phantom = list(paths), root.resolve().name, None
-        data.image_files, data.mask_files = list(paths.values()), [masked.get(n) for n in names]
-        lists = {part: root / f"{part}.txt" for part in ("train", "val", "test")}
-        lists = {part: read_ids(path, names) for part, path in lists.items() if path.is_file()}
-    data.names, data.has_mask = names, [name in masked for name in names]
-    data.units, data.volumes_of = ([parse_name(name)[k] for name in names] for k in (0, 1))
-    masked = [name for name in names if name in masked]
-    data.split = make_split(names, masked, lists, args.labeled, args.split_seed)
+        root, data.phantom = Path(args.data), None
+        images, masks = scan(root)
+        names, data.name = list(images), root.resolve().name
+        data.image_files, data.mask_files = list(images.values()), [masks.get(n) for n in names]
+        lists = {part: read_ids(root / f"{part}.txt", names) for part in ("train", "val", "test")
+                 if (root / f"{part}.txt").is_file()}
+    data.names, data.has_mask = names, [name in masks for name in names]
+    data.units, data.volumes_of, _ = zip(*map(parse_name, names), strict=True)
+    data.split = make_split(names, masks, lists, args.labeled, args.split_seed)
     args.labeled = args.labeled or "100%"
     text = json.dumps(data.split, sort_keys=True)
     data.split_hash = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -626,24 +595,25 @@ def find_files(data, args):
 
 # --- Decoding, once -------------------------------------------------------------------------------
 
+class Bad(Exception):
+    """A file that cannot be used, and why."""
+
 
 def read_pixels(path, mask=False):
-    """Pixels as stored, (H, W) or in colour (H, W, 3). Raises Bad. Palette images give colours, or
-    as masks indices (unless the palette is black and white)."""
+    """(H, W) or (H, W, 3) as stored; of palettes the colours, in masks (if not 0/255) indices."""
     try:
         if path.suffix.lower() == ".npy":
             array = np.load(path, allow_pickle=False)
-            array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
         else:
             with Image.open(path) as image:
                 if getattr(image, "n_frames", 1) > 1:
                     raise ValueError(f"{image.n_frames} pages in a file; expected one file a slice")
                 grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
                 mode = image.mode if grey else "L" if image.mode == "LA" else "RGB"
-                array = np.asarray(image if grey else image.convert(mode))
-                palette = mask and image.mode == "P"
+                array, palette = np.asarray(image.convert(mode)), mask and image.mode == "P"
                 if palette and (np.ptp(array, 2).any() or {*np.unique(array)} - {0, 255}):
                     array = np.asarray(image)
+        array = array[..., 0] if array.shape[2:] == (1,) else array
         if array.ndim not in (2, 3) or not array.size or array.shape[2:] not in ((), (3,), (4,)):
             raise ValueError(f"an array of shape {array.shape}; expected (H, W) or (H, W, 3)")
         if array.dtype.kind not in "buif" or not np.isfinite(array).all():
@@ -655,8 +625,7 @@ def read_pixels(path, mask=False):
 
 
 def read_volume(paths):
-    """The images of a volume, each (H, W) or (H, W, 3) uint8. 8-bit images stay as they are; others
-    are scaled from the volume's 0.5 to 99.5 percentiles."""
+    """A volume's images, (H, W) or (H, W, 3) uint8; not 8-bit: from its 0.5-99.5 percentiles."""
     arrays = [read_pixels(path) for path in paths]
     if all(array.dtype == np.uint8 for array in arrays):
         return arrays
@@ -667,10 +636,7 @@ def read_volume(paths):
 
 
 def read_mask(path):
-    """A mask file -> class numbers (H, W) uint8, and "binary" (0 and 255), "classes" or "empty".
-
-    Binary masks may be noisy from JPEG: they are cut above 127. Raises Bad with the values found.
-    """
+    """A mask -> class numbers (H, W) uint8 and "binary" (0/255, cut at 127), "classes", "empty"."""
     array, lossy = read_pixels(path, mask=True), path.suffix.lower() in (".jpg", ".jpeg")
     if array.ndim == 3 and np.ptp(array, 2).any() and not lossy:
         raise Bad(f"{path.name}: a mask in colours; expected class numbers, or 0 and 255")
@@ -680,13 +646,14 @@ def read_mask(path):
     if lossy or (MAX_CLASS < values[-1] <= 255 and near_ends.all()):
         return (array > 127).astype(np.uint8), "binary" if values[-1] > 127 else "empty"
     if values[0] < 0 or values[-1] > MAX_CLASS or (values % 1).any():
-        raise Bad(f"{path.name}: mask values {some([f'{v:g}' for v in values])}; expected class "
-                  f"numbers 0, 1, 2, ... up to {MAX_CLASS}, or 0 and 255")
+        found = some([f"{v:g}" for v in values])
+        raise Bad(f"{path.name}: mask values {found}; expected class numbers 0, 1, 2, ... "
+                  f"up to {MAX_CLASS}, or 0 and 255")
     return array.astype(np.uint8), "classes" if values[-1] else "empty"
 
 
 def read_each(items, read, what):
-    """Yield read(item), with a progress bar. Bad files are collected and stop the run."""
+    """Yield read(item), with a progress bar. Bad files stop the run, after all were read."""
     bad = []
     for item in tqdm(items, f"decoding {what}", leave=False, disable=None):
         try:
@@ -694,109 +661,96 @@ def read_each(items, read, what):
         except Bad as error:
             bad.append(str(error))
     if bad:
-        stop(f"{len(bad)} bad files among the {what}; mend or remove them:\n  "
-             + "\n  ".join(bad[:10]) + "\n  ..." * (len(bad) > 10))
+        listed = "\n  ".join([*bad[:10], "..."] if len(bad) > 10 else bad)
+        stop(f"{len(bad)} bad files among the {what}; mend or remove them:\n  {listed}")
 
 
 def cached(root, key, build):
     """The folder root/<hash of key>, filled once by build(folder), aside and then renamed."""
-    folder = Path(root) / hashlib.sha256(repr(("v2", key)).encode()).hexdigest()[:20]
-    aside = folder.with_name("none")
+    folder = Path(root) / hashlib.sha256(repr(("v3", key)).encode()).hexdigest()[:20]
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix="building-", dir=root))
-            build(aside)
-            try:
-                os.rename(aside, folder)
-            except OSError:  # another run was faster, and its folder is as good
-                if not folder.exists():
-                    raise
+            with tempfile.TemporaryDirectory(prefix="building-", dir=root) as aside:
+                new = Path(aside, "new")
+                new.mkdir()
+                build(new)
+                with contextlib.suppress(OSError):  # another run was faster, its folder is as good
+                    new.rename(folder)
+        folder.stat()  # OSError if the folder is not there
     except OSError as error:
         stop(f"the cache of decoded images, {root}, cannot be written ({error}). Choose another "
              "with --cache FOLDER, or free some space.")
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
 def decode(data):
-    """Fill in a Data object's pixels, from the cache where it has them. Opens no mask but the
-    labelled, validation and test ones."""
+    """Fill in a Data object's pixels, from the cache if it has them. Opens visible masks only."""
     visible = [i for part in ("labeled", "val", "test") for i in data.indices(part)]
-    size, kinds = data.args.size, {}
+    data.label_rows = {i: row for row, i in enumerate(visible)}
+    size, kinds, colour, volumes = data.args.size, {}, [], {}
 
-    def entry(what, paths, build):
-        """A cache folder, its meta.json, its array (the meta's shape)."""
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-        folder = cached(data.args.cache, (what, size, data.names, stats), build)
-        meta = json.loads((folder / "meta.json").read_text())
-        return meta, np.memmap(folder / "array.u8", np.uint8, "r", shape=tuple(meta["shape"]))
-
-    def build_images(folder):
-        volumes, sizes, channels = {}, [], []
-        for path, volume in zip(data.image_files, data.volumes_of, strict=True):
-            volumes.setdefault(volume, []).append(path)
-
-        def read(paths):
-            arrays = read_volume(paths)
-            channels.append(3 if arrays[0].ndim == 3 else 1)
-            if channels[0] == 1 and any(array.ndim == 3 for array in arrays):
-                raise Bad(f"{paths[0].name}: in colour, the first image is grey; save all alike")
-            sizes.extend(array.shape[:2] for array in arrays)
-            mode = "L" if channels[0] == 1 else "RGB"
-            images = [Image.fromarray(array).convert(mode) for array in arrays]
-            return [np.asarray(image.resize((size, size), Image.BILINEAR)) for image in images]
-
-        with open(folder / "array.u8", "wb") as file:
-            for arrays in read_each(list(volumes.values()), read, "images"):
-                for array in arrays:
-                    file.write(np.atleast_3d(array).transpose(2, 0, 1).tobytes())
-        shape = len(sizes), channels[0], size, size
-        (folder / "meta.json").write_text(json.dumps({"shape": shape, "sizes": sizes}))
+    def read_images(paths):
+        arrays = read_volume(paths)
+        for path, array in zip(paths, arrays, strict=True):
+            colour.append(array.ndim == 3)
+            if colour[-1] and not colour[0]:
+                raise Bad(f"{path.name}: in colour, the first image is grey; save all alike")
+        return [Image.fromarray(array).convert("RGB" if colour[0] else "L") for array in arrays]
 
     def read_label(i):
-        (mask, kind), (h, w) = read_mask(data.mask_files[i]), data.sizes[i]
+        path, (h, w) = data.mask_files[i], data.sizes[i]
+        mask, kind = read_mask(path)
         if mask.shape != (h, w):
-            raise Bad(f"{data.mask_files[i].name}: {mask.shape[0]} x {mask.shape[1]} pixels, but "
-                      f"its image has {h} x {w}")
-        kinds.setdefault(kind, data.mask_files[i].name)
-        return mask
+            found = "{} x {}".format(*mask.shape)
+            raise Bad(f"{path.name}: {found} pixels, but its image has {h} x {w}")
+        kinds.setdefault(kind, path.name)
+        return [Image.fromarray(mask)]
 
-    def build_labels(folder):
-        largest = 0
-        with open(folder / "array.u8", "wb") as file:
-            for mask in read_each(visible, read_label, "masks"):
-                file.write(Image.fromarray(mask).resize((size, size), Image.NEAREST).tobytes())
-                largest = max(largest, int(mask.max()))
-        if "binary" in kinds and "classes" in kinds:
-            stop(f"some masks are binary 0/255 ({kinds['binary']}), others hold class numbers "
-                 f"({kinds['classes']}). Write all of them in one of the two ways.")
-        meta = {"shape": (len(visible), size, size), "largest": largest}
-        (folder / "meta.json").write_text(json.dumps(meta))
+    def entry(what, items, read, resample, files):
+        """All items' pictures, resized, (N, channels, S, S); their sizes; their largest value."""
+        def build(folder):
+            sizes, largest = [], 0
+            with open(folder / "array.u8", "wb") as file:
+                for picture in itertools.chain.from_iterable(read_each(items, read, what)):
+                    array = np.atleast_3d(picture.resize((size, size), resample))
+                    file.write(array.transpose(2, 0, 1).tobytes())
+                    sizes.append((picture.height, picture.width))
+                    largest = max(largest, int(np.max(picture)))
+            if "binary" in kinds and "classes" in kinds:
+                stop(f"some masks are binary 0/255 ({kinds['binary']}), others hold class numbers "
+                     f"({kinds['classes']}). Write all of them in one of the two ways.")
+            meta = (len(sizes), array.shape[2], size, size), sizes, largest
+            (folder / "meta.json").write_text(json.dumps(meta))
 
-    data.label_rows = {i: row for row, i in enumerate(visible)}
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        folder = cached(data.args.cache, (what, size, data.names, stats), build)
+        shape, sizes, largest = json.loads((folder / "meta.json").read_text())
+        array = np.memmap(folder / "array.u8", np.uint8, "r", shape=tuple(shape))
+        return array, list(map(tuple, sizes)), largest
+
     if data.phantom:
         data.images, masks = data.phantom
         data.sizes, data.labels = [masks.shape[1:]] * len(masks), masks[visible]
-        largest, data.read_mask = masks.max(), masks.__getitem__
+        data.truth, largest = masks.__getitem__, int(masks.max())
     else:
-        meta, data.images = entry("images", data.image_files, build_images)
-        data.sizes = [tuple(shape) for shape in meta["sizes"]]
+        for path, volume in zip(data.image_files, data.volumes_of, strict=True):
+            volumes.setdefault(volume, []).append(path)
+        items, files = list(volumes.values()), data.image_files
+        data.images, data.sizes, _ = entry("images", items, read_images, Image.BILINEAR, files)
         files = [path for i in visible for path in (data.image_files[i], data.mask_files[i])]
-        meta, data.labels = entry("labels", files, build_labels)
-        largest, data.read_mask = meta["largest"], lambda i: read_mask(data.mask_files[i])[0]
-    data.channels, data.classes = data.images.shape[1], data.args.classes or int(largest) + 1
+        labels, _, largest = entry("masks", visible, read_label, Image.NEAREST, files)
+        data.labels, data.truth = labels[:, 0], lambda i: read_mask(data.mask_files[i])[0]
+    data.channels, data.classes = data.images.shape[1], data.args.classes or largest + 1
     for volume, indices in [*data.volumes("val").items(), *data.volumes("test").items()]:
         found = {data.sizes[i] for i in indices}
         if len(found) > 1:
-            stop(f"the slices of {volume} differ in size: {some(found)}. Expected one size in a "
-                 "volume, since it is scored in 3-D.")
+            stop(f"the slices of {volume} differ in size: {some(found)}. Expected one size.")
     if largest == 0:
         stop("labelled, validation and test masks hold background only; expected 1, 2, ... or 255.")
     if largest >= data.classes:
-        stop(f"--classes {data.classes}, but the masks hold class {largest}. Expected at least "
-             f"{largest + 1}.")
+        expected = f"Expected at least {largest + 1}."
+        stop(f"--classes {data.classes}, but the masks hold class {largest}. {expected}")
 
 
 def phantom(size, patients=48, seed=0):
@@ -816,8 +770,8 @@ def phantom(size, patients=48, seed=0):
     for patient in range(patients):
         cx, cy, turn = *rng.uniform(-0.2, 0.2, 2), rng.uniform(-0.6, 0.6)
         radius, wall = rng.uniform(0.24, 0.36), rng.uniform(0.09, 0.15)
-        aspect = rng.uniform(0.8, 1.25)
-        blood, muscle, fat = rng.uniform(0.6, 0.95), rng.uniform(0.25, 0.5), rng.uniform(0.1, 0.8)
+        aspect, blood = rng.uniform(0.8, 1.25), rng.uniform(0.6, 0.95)
+        muscle, fat = rng.uniform(0.25, 0.5), rng.uniform(0.1, 0.8)
         gamma, slope = rng.uniform(0.6, 1.6), rng.normal(size=2) * 0.25
         blobs = [(*rng.uniform(-0.9, 0.9, 2), *rng.uniform(0.08, 0.25, 2), rng.uniform(0.1, 0.95))
                  for _ in range(7)]
@@ -833,20 +787,18 @@ def phantom(size, patients=48, seed=0):
                 image = fat * 0.35 + 0.08 * texture(7)
                 for bx, by, a, b, value in blobs:
                     image = np.where(np.hypot((x - bx) / a, (y - by) / b) < 1, value, image)
-                for c, value in ((1, blood * 0.95), (2, muscle), (3, blood)):
-                    image = np.where(mask == c, value, image)
+                image = np.choose(mask, [image, blood * 0.95, muscle, blood])
                 image = image + 0.06 * texture(size // 4) + slope[0] * x + slope[1] * y
                 image = np.clip(image, 0.01, 1) ** gamma + rng.normal(size=(size, size)) * 0.05
                 names.append(f"p{patient:02d}_frame{frame:02d}_slice_{level:02d}")
                 images.append((image.clip(0, 1) * 255).astype(np.uint8)[None])
                 masks.append(mask.astype(np.uint8))
-    units = sorted({parse_name(name)[0] for name in names})
+    units = [f"p{patient:02d}" for patient in range(patients)]
     lists = {"train": units[:-18], "val": units[-18:-12], "test": units[-12:]}
     return names, np.stack(images), np.stack(masks), lists
 
 
 # --- Run folder: log, checkpoints, resume, results ------------------------------------------------
-
 
 def write_aside(path, write):
     """write(temporary path), then rename: readers of `path` find the old or the new file, whole."""
@@ -866,16 +818,17 @@ class Run:
         start, parent = f"{name}-{labeled}-seed{args.seed}", Path(args.out) / data.name
         options = {k: Path(str(v)).stem if os.sep in str(v) else v for k, v in args.options.items()}
         title = start + "".join(f"-{k}_{v}" for k, v in sorted(options.items()))
-        similar = sorted(p.name for p in parent.glob(glob.escape(start) + "*"))
+        similar = sorted(p.name for p in parent.glob("*")
+                         if p.name == start or p.name.startswith(f"{start}-"))
         taken = [n for n in similar if re.fullmatch(re.escape(title) + r"(-\d+)?", n)]
-        taken = sorted(taken, key=lambda n: int(n[len(title) + 1:] or 1))
         self.resumed = args.resume and bool(taken)
-        self.folder = parent / (taken[-1] if self.resumed else title)
         if args.resume and similar and not taken:
-            stop(f"--resume: no run {title}; there is {some(similar)}. Only --out, --device and "
-                 "--val-every may change: repeat the run's options, or leave --resume out.")
-        if self.resumed and (self.folder / "split.json").exists():
-            found = json.loads((self.folder / "split.json").read_text())["hash"]
+            stop(f"--resume: no run {title}; there is {some(similar)}. Repeat the run's options "
+                 "(only --out, --device and --val-every may change), or leave --resume out.")
+        if self.resumed:
+            self.folder = parent / max(taken, key=lambda n: (len(n), n))  # -10 is newer than -9
+            split = self.folder / "split.json"
+            found = json.loads(split.read_text())["hash"] if split.exists() else data.split_hash
             if found != data.split_hash:
                 stop(f"--resume: {self.folder} has split {found}, the dataset {data.split_hash}. "
                      "Restore the dataset's files and lists, or leave --resume out.")
@@ -944,8 +897,8 @@ class Run:
             self.first_step, self.best, self.count = state["step"], state["best"], state["count"]
             self.sums = {k: v.to(args.device) for k, v in state["sums"].items()}
         if args.resume:
-            print(f"--resume: continuing at step {self.first_step}" if self.first_step
-                  else "--resume: no checkpoint yet, starting at step 0")
+            what = "continuing at" if self.first_step else "no checkpoint yet, starting at"
+            print(f"--resume: {what} step {self.first_step}")
         if log.exists():  # cut the rows after the checkpoint, a half-written one included
             header, *rows = log.read_text().splitlines(keepends=True) or [""]
             rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= self.first_step]
@@ -958,8 +911,7 @@ class Run:
                 raise KeyboardInterrupt
             self.interrupted = True
 
-        previous, first, total = {}, self.first_step, self.args.steps
-        start = time.perf_counter()
+        previous, first, total, start = {}, self.first_step, self.args.steps, time.perf_counter()
         with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
             previous = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -988,93 +940,87 @@ class Run:
     def log(self, **terms):
         """Add a step's loss terms and diagnostics (scalars) without waiting for the device."""
         for k, v in terms.items():
-            v = v.detach() if torch.is_tensor(v) else torch.tensor(float(v))
-            self.sums[k] = self.sums[k] + v if k in self.sums else v.clone()
+            self.sums[k] = self.sums.get(k, 0) + torch.as_tensor(v).detach()
         self.count += 1
 
     def save(self, step):
-        """End of a step: every 20 steps a row of log.csv; every --val-every steps validation and
-        checkpoints. A term that is not finite ends the run, and nothing is saved after that."""
-        done, args, log = step + 1, self.args, self.folder / "log.csv"
+        """End of a step: every 20 a row of log.csv, every --val-every validation and checkpoints.
+        A term that is not finite ends the run, and nothing is saved after that."""
+        done, args, data, log = step + 1, self.args, self.data, self.folder / "log.csv"
         validate = done % args.val_every == 0 or done == args.steps
         if not (done % 20 == 0 or validate or self.interrupted):
             return
-        row = {k: v.item() / self.count for k, v in self.sums.items()}
-        for k in [k for k, v in row.items() if not math.isfinite(v)]:
-            stop(f"{k} is {row[k]} between steps {done - self.count} and {done}. Nothing is saved "
-                 f"after that; {self.folder} has the last checkpoint. Lower --lr.", status=1)
+        row, better = {k: v.item() / self.count for k, v in self.sums.items()}, False
+        for k, value in row.items():
+            if not math.isfinite(value):
+                stop(f"{k} is {value} between steps {done - self.count} and {done}; {self.folder} "
+                     "has the checkpoint before that. Lower --lr.", status=1)
         shown = {k: f"{row[k]:.3f}" for k in ("loss", "lam") if k in row}
         self.bar.set_postfix(**shown, best=f"{self.best:.1f}")
-        row["val_dice"], better = "", False
+        row["val_dice"] = ""
         if validate:
-            scores = evaluate(self.predict, self.networks, self.data, "val", distances=False)
+            scores = evaluate(self.predict, self.networks, data, "val", distances=False)
             dice = {k: s["dice"] or 0.0 for k, s in scores.items()}
             tqdm.write(f"step {done}/{args.steps}  loss {row['loss']:.3f}  validation Dice "
                        + ", ".join(f"{k} {d:.1f}" for k, d in dice.items()), sys.stdout)
-            row["val_dice"] = next(iter(dice.values()))
-            better, self.best = row["val_dice"] > self.best, max(row["val_dice"], self.best)
+            row["val_dice"] = reported = next(iter(dice.values()))
+            better, self.best = reported > self.best, max(reported, self.best)
         if validate or done % 20 == 0:
-            header = [] if log.exists() and log.stat().st_size else [["step", *row]]
+            header = "" if log.exists() and log.stat().st_size else ",".join(["step", *row]) + "\n"
             with open(log, "a") as file:
-                for line in [*header, [done, *row.values()]]:
-                    file.write(",".join(map(str, line)) + "\n")
+                print(header + ",".join(map(str, [done, *row.values()])), file=file)
             self.sums, self.count = {}, 0
-        if validate or self.interrupted:
-            self.write_checkpoints(done, better)
+        if validate or self.interrupted:  # best.pt: what predicting needs, last.pt: what --resume
+            state = {"method": self.name, "step": done, "best": self.best, "size": args.size,
+                     "width": args.width, "channels": data.channels, "classes": data.classes,
+                     "scaling": "8 bit / 255, others by their volume's 0.5 to 99.5 percentiles",
+                     "networks": {k: network.state_dict() for k, network in self.networks.items()}}
+            if better:
+                write_aside(self.folder / "best.pt", lambda path: torch.save(state, path))
+            state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                      "scaler": self.scaler.state_dict(), "rng": torch.get_rng_state(),
+                      "labeled": data.labeled.state_dict(), "sums": self.sums,
+                      "unlabeled": data.unlabeled.state_dict(), "count": self.count}
+            if self.device_type == "cuda":
+                state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+            write_aside(self.folder / "last.pt", lambda path: torch.save(state, path))
         if self.interrupted:
             self.bar.close()
-            command = " ".join(shlex.quote(word) for word in sys.argv if word != "--resume")
+            command = shlex.join(word for word in sys.argv if word != "--resume")
             print(f"stopped; saved at step {done}. To continue: python {command} --resume")
             sys.exit(130)
 
-    def write_checkpoints(self, done, better):
-        """last.pt, all that a resumed run needs; before it best.pt, all that predicting needs."""
-        args, data = self.args, self.data
-        state = {"method": self.name, "step": done, "best": self.best, "size": args.size,
-                 "width": args.width, "channels": data.channels, "classes": data.classes,
-                 "scaling": "8 bit / 255, others by their volume's 0.5 to 99.5 percentiles",
-                 "networks": {k: network.state_dict() for k, network in self.networks.items()}}
-        if better:
-            write_aside(self.folder / "best.pt", lambda path: torch.save(state, path))
-        state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                  "scaler": self.scaler.state_dict(), "rng": torch.get_rng_state(),
-                  "labeled": data.labeled.state_dict(), "unlabeled": data.unlabeled.state_dict(),
-                  "sums": self.sums, "count": self.count}
-        if self.device_type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-        write_aside(self.folder / "last.pt", lambda path: torch.save(state, path))
-
     def finish(self):
-        """Score the test units, once: every network, last and best. Writes results.json and
-        preview.png, prints the table, returns what results.json holds."""
-        data, args, table = self.data, self.args, {}
+        """Score the test units, once, with the best and last networks; write and return results."""
+        data, args, table, states = self.data, self.args, {}, {}
         save_preview(self)
-        best = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
-        last = {k: copy.deepcopy(network.state_dict()) for k, network in self.networks.items()}
-        for which, states in (("best", best["networks"]), ("last", last)):
+        for which in ("best", "last"):
+            path = self.folder / f"{which}.pt"
+            states[which] = torch.load(path, map_location="cpu", weights_only=True)
             for k, network in self.networks.items():
-                network.load_state_dict(states[k])
+                network.load_state_dict(states[which]["networks"][k])
             for k, scores in evaluate(self.predict, self.networks, data, "test").items():
                 table.setdefault(k, {})[which] = scores
-        name, head = next((k, scores["last"]) for k, scores in table.items())
-        headline = {"network": name, **{m: head[m] for m in METRICS}}
+        name, best_step = next(iter(table)), states["best"]["step"]
+        head = table[name]["last"]
+
         results = {"method": self.name, "dataset": data.name, "labeled": args.labeled,
                    "seed": args.seed, "steps": args.steps, "split": data.split_hash,
-                   "headline": headline, "best_step": best["step"], "networks": table}
+                   "headline": {"network": name, **{m: head[m] for m in METRICS}},
+                   "best_step": best_step, "networks": table}
         self.write_json("results.json", results)
         print(f"\nTest: {len(data.volumes('test'))} volumes of {len(data.split['test'])} units\n"
               f"{'network, checkpoint':32}  Dice % Jaccard %  HD95 px ASD px")
-        for k, both in table.items():
-            for which, label in (("last", "last"), ("best", f"best on val ({best['step']})")):
-                cells = [both[which][m] for m in METRICS]
+        for k, scores in table.items():
+            for which, label in (("last", "last"), ("best", f"best on val ({best_step})")):
+                cells = [scores[which][m] for m in METRICS]
                 cells = ["n/a" if cell is None else f"{cell:.2f}" for cell in cells]
-                cells = [cell.rjust(n) for cell, n in zip(cells, (8, 10, 9, 7), strict=True)]
                 mark = "  <- headline" * (k == name and which == "last")
-                print(f"{k + ', ' + label:32}{''.join(cells)}{mark}")
+                print("{:32}{:>8}{:>10}{:>9}{:>7}".format(f"{k}, {label}", *cells) + mark)
         dice = [f"{c}: {'n/a' if s['dice'] is None else round(s['dice'], 1)}"
                 for c, s in head["classes"].items()]
-        both, missed, false = (sum(counts[k] for counts in head["empty"].values())
-                               for k in ("both", "missed", "false"))
+        counts = [counts.values() for counts in head["empty"].values()]
+        both, missed, false = map(sum, zip(*counts, strict=True))
         print(f"Dice by class {', '.join(dice)}. Of {both + false} cases of a class absent from a "
               f"volume, {both} predicted empty (not scored); {missed} present ones were missed\n"
               f"results.json, preview.png, log.csv, last.pt and best.pt are in {self.folder}")
@@ -1088,14 +1034,12 @@ COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#911eb4", "#46
 
 def overlay(image, labels):
     """Image (channels, H, W) in [0, 1] with a label map (H, W) over it -> (3, H, W) uint8."""
-    image, classes = (image.expand(3, -1, -1) * 255).byte(), max(1, int(labels.max()))
-    masks = torch.stack([labels == c + 1 for c in range(classes)])
-    colors = [COLORS[c % len(COLORS)] for c in range(classes)]
-    return draw_segmentation_masks(image, masks, 0.5, colors)
+    masks = labels == torch.arange(1, max(1, int(labels.max())) + 1)[:, None, None]
+    return draw_segmentation_masks((image.expand(3, -1, -1) * 255).byte(), masks, 0.5, COLORS * 4)
 
 
 def save_sheet(path, columns):
-    """Titles over a grid of pictures. columns: {title: list of (3, H, W) uint8}, of one length."""
+    """Titles over a grid of pictures: {title: list of (3, H, W) uint8}, all of one length."""
     rows = zip(*columns.values(), strict=True)
     tiles = [F.interpolate(tile[None], (160, 160))[0] for row in rows for tile in row]
     grid = make_grid(tiles, nrow=len(columns), pad_value=255)
@@ -1103,12 +1047,11 @@ def save_sheet(path, columns):
     sheet.paste(tvf.to_pil_image(grid), (0, 20))
     for i, title in enumerate(columns):
         ImageDraw.Draw(sheet).text((4 + i * 162, 3), title, "black", ImageFont.load_default(13))
-    write_aside(Path(path), lambda path: sheet.save(path, "PNG"))
+    write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
 
 def save_preview(run):
-    """preview.png: image, truth, each network's labels and the paper's own columns, for the middle
-    slices of four validation volumes."""
+    """preview.png: image, truth, labels, the paper's columns for slices of 4 validation volumes."""
     volumes, sheet = list(run.data.volumes("val").values()), {}
     chosen = [v[len(v) // 2] for v in volumes[::max(1, len(volumes) // 4)]][:4]
     x = run.data.load_images(chosen)
@@ -1130,14 +1073,14 @@ def check(args):
     """The data doctor: everything about a dataset that a run depends on. Reads hidden masks too."""
     data, counts = Data(args), np.zeros(256, int)
     data.decode()
-    with_mask = [i for i, has_mask in enumerate(data.has_mask) if has_mask]
-    for mask in read_each(with_mask, data.read_mask, "masks"):
+    names, with_mask = data.names, np.flatnonzero(data.has_mask)
+    for mask in read_each(with_mask, data.truth, "masks"):
         counts += np.bincount(mask.ravel(), minlength=256)
-    print(f"{data.name}: {len(data.names)} images, {len(with_mask)} with masks, "
-          f"{len(set(data.units))} units (patients or images), {len(set(data.volumes_of))} volumes")
-    for i in sorted({0, len(data.names) // 2, len(data.names) - 1}):
-        print(f"  {data.names[i]}: unit {data.units[i]}, volume {data.volumes_of[i]}")
-    sample, sizes = data.images[::max(1, len(data.names) // 100)], sorted(set(data.sizes))
+    print(f"{data.name}: {len(names)} images, {len(with_mask)} with masks, {len(set(data.units))} "
+          f"units (patients or images), {len(set(data.volumes_of))} volumes")
+    for i in sorted({0, len(names) // 2, len(names) - 1}):
+        print(f"  {names[i]}: unit {data.units[i]}, volume {data.volumes_of[i]}")
+    sample, sizes = data.images[::max(1, len(names) // 100)], sorted(set(data.sizes))
     shares = [f"{c} ({n / counts.sum():.2%} of pixels)" for c, n in enumerate(counts) if n]
     print(f"sizes: {some([f'{h} x {w}' for h, w in sizes])}; channels: {data.channels}; intensity "
           f"{sample.min()} to {sample.max()}, mean {sample.mean():.0f}\nclasses: {some(shares)}")
@@ -1151,21 +1094,6 @@ def check(args):
     print(f"no problem found; look at {path}")
 
 
-def write_phantom(folder, size):
-    """Write the phantom as a dataset folder."""
-    if folder.exists():
-        stop(f"--out {folder} exists. Name a new folder.")
-    names, images, masks, lists = phantom(size)
-    for part, arrays in (("images", images[:, 0]), ("masks", masks)):
-        (folder / part).mkdir(parents=True)
-        for name, array in zip(names, arrays, strict=True):
-            Image.fromarray(array).save(folder / part / f"{name}.png")
-    for part, units in lists.items():
-        (folder / f"{part}.txt").write_text("\n".join(units) + "\n")
-    print(f"{len(names)} images in {folder}. Try:\n"
-          f"python mean_teacher.py --data {folder} --size {size} --labeled 10%")
-
-
 def main(argv=None):
     command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command == "check":
@@ -1173,10 +1101,21 @@ def main(argv=None):
         args.labeled = args.labeled or "10%"
         check(args)
     elif command == "phantom":
-        p = argparse.ArgumentParser(prog="common.py phantom", description=write_phantom.__doc__)
-        p.add_argument("--out", type=Path, required=True, metavar="FOLDER", dest="folder")
+        p = argparse.ArgumentParser("common.py phantom", description="Write the phantom as files.")
+        p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
         p.add_argument("--size", type=number(int, 16), default=64)
-        write_phantom(**vars(p.parse_args(argv)))
+        args = p.parse_args(argv)
+        if args.out.exists():
+            stop(f"--out {args.out} exists. Name a new folder.")
+        names, images, masks, lists = phantom(args.size)
+        for part, arrays in (("images", images[:, 0]), ("masks", masks)):
+            (args.out / part).mkdir(parents=True)
+            for name, array in zip(names, arrays, strict=True):
+                Image.fromarray(array).save(args.out / part / f"{name}.png")
+        for part, units in lists.items():
+            (args.out / f"{part}.txt").write_text("\n".join(units) + "\n")
+        print(f"{len(names)} images in {args.out}. Try:\n"
+              f"python mean_teacher.py --data {args.out} --size {args.size} --labeled 10%")
     else:
         print(__doc__)
         sys.exit(0 if command in ("-h", "--help") else 2)

@@ -213,6 +213,12 @@ def test_resume_with_another_configuration(options, tmp_path, capsys):
     assert len(list((tmp_path / "runs").glob("*/*"))) == 1
 
 
+def test_resume_of_seed_1_does_not_look_at_seed_10(options, capsys):
+    mean_teacher.main(options("phantom", "--seed", "10", steps=2))
+    mean_teacher.main(options("phantom", "--seed", "1", "--resume", steps=2))
+    assert "no checkpoint yet, starting at step 0" in capsys.readouterr().out
+
+
 def test_slices_of_a_volume_differ_in_size(make_dataset, options, capsys):
     root = make_dataset(units=6, slices=2)
     for path in root.glob("*/*_slice_01.png"):
