@@ -227,11 +227,12 @@ def evaluate(predict, networks, data, part, distances=True):
                     probs = F.interpolate(probs, truth.shape[1:], mode="bilinear")
                     labels.setdefault(name, []).append(probs.argmax(1).to(torch.uint8).cpu())
         for name, chunks in labels.items():
+            pred = torch.cat(chunks).numpy()  # (D, H, W)
             empty = {c: {"both": 0, "missed": 0, "false": 0} for c in names}
             summary = summaries.setdefault(name, {"classes": {}, "empty": empty, "volumes": {}})
             scores = summary["volumes"][volume] = {}
             for c in names:
-                a, b = torch.cat(chunks).numpy() == int(c), truth == int(c)
+                a, b = pred == int(c), truth == int(c)
                 a, b = (a[0], b[0]) if len(b) == 1 else (a, b)  # one image is scored in 2-D
                 scores[c] = mask_scores(a, b, distances)
                 if not (a.any() and b.any()):
@@ -346,10 +347,10 @@ class Data:
     def indices(self, part):
         """Image numbers of a part; a labelled patient's slices without masks are unlabelled."""
         images = [(i, u, self.has_mask[i]) for i, u in enumerate(self.units)]
+        units, labeled = set(self.split[part]), set(self.split["labeled"])
         if part != "unlabeled":
-            return [i for i, u, masked in images if masked and u in self.split[part]]
-        train, labeled = self.split["unlabeled"], self.split["labeled"]
-        return [i for i, u, masked in images if u in train or (u in labeled and not masked)]
+            return [i for i, u, masked in images if masked and u in units]
+        return [i for i, u, masked in images if u in units or (u in labeled and not masked)]
 
     def volumes(self, part):
         """{volume: image numbers in slice order} of a part."""
@@ -522,7 +523,7 @@ def choose_labeled(spec, units, names):
     """--labeled -> units: a file's, or the first of the (seeded) `units`, so 5% is inside 10%."""
     if Path(spec).is_file():
         chosen = read_ids(spec, names)
-        outside = [unit for unit in chosen if unit not in units]
+        outside = sorted(set(chosen) - set(units))
         if outside:
             stop(f"--labeled {spec}: not training units with masks: {some(outside)}. Expected some "
                  f"of {some(sorted(units))}")
@@ -559,7 +560,7 @@ def make_split(names, masked, lists, labeled, split_seed):
         count = 0 if part in lists else max(1, round(share * len(with_mask)))
         split[part], free = sorted(lists.get(part) or free[:count]), free[count:]
     train = set(lists.get("train", free)) | set(units) - with_mask - listed
-    train_masked = [unit for unit in order if unit in train & with_mask]
+    train_masked = [unit for unit in order if unit in train and unit in with_mask]
     parts = {"validation": split["val"], "test": split["test"], "training": train_masked}
     for part, found in parts.items():
         if not with_mask & set(found):
@@ -1003,7 +1004,6 @@ class Run:
                 table.setdefault(k, {})[which] = scores
         name, best_step = next(iter(table)), states["best"]["step"]
         head = table[name]["last"]
-
         results = {"method": self.name, "dataset": data.name, "labeled": args.labeled,
                    "seed": args.seed, "steps": args.steps, "split": data.split_hash,
                    "headline": {"network": name, **{m: head[m] for m in METRICS}},
