@@ -555,7 +555,7 @@ def make_split(names, masked, lists, labeled, split_seed):
             stop(f"{some(both)}: in {a}.txt and in {b}.txt. A patient may be in one list only.")
     listed = set(itertools.chain(*lists.values()))
     order = [units[i] for i in np.random.default_rng(split_seed).permutation(len(units))]
-    free, split = [unit for unit in order if unit in with_mask - listed], {}
+    free, split = [u for u in order if u in with_mask and u not in listed], {}
     for part, share in (("val", 0.1), ("test", 0.2)):
         count = 0 if part in lists else max(1, round(share * len(with_mask)))
         split[part], free = sorted(lists.get(part) or free[:count]), free[count:]
