@@ -905,26 +905,27 @@ class Run:
             rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= self.first_step]
             write_aside(log, lambda path: path.write_text("".join([header, *rows] if rows else "")))
 
-    def steps(self):
-        """Step numbers 0 to --steps - 1, with a progress bar. Ctrl-C ends the run after a step."""
+    def steps(self, stride=1):
+        """0, stride, ... below --steps, with a progress bar. Ctrl-C ends the run after a turn."""
         def interrupt(*_):
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
 
         previous, first, total, start = {}, self.first_step, self.args.steps, time.perf_counter()
+        self.stride = stride  # optimizer steps in a turn of the loop
         with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
             previous = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with tqdm(total=total, initial=first, desc=self.name, disable=None) as self.bar:
-                for step in range(first, total):
+                for step in range(first, total, stride):
                     start = time.perf_counter() if step <= first + 2 else start
                     hours = (time.perf_counter() - start) / 8 * (total - step) / 3600
                     if step == first + 10 and hours > 1:
                         tqdm.write(f"This run will take about {hours:.1f} hours on this machine. "
                                    "A short one: --size 96 --width 16 --steps 1500", sys.stdout)
                     yield step
-                    self.bar.update()
+                    self.bar.update(stride)
         finally:
             for s, handler in previous.items():
                 signal.signal(s, handler)
@@ -947,15 +948,16 @@ class Run:
     def save(self, step):
         """End of a step: every 20 a row of log.csv, every --val-every validation and checkpoints.
         A term that is not finite ends the run, and nothing is saved after that."""
-        done, args, data, log = step + 1, self.args, self.data, self.folder / "log.csv"
-        validate = done % args.val_every == 0 or done == args.steps
-        if not (done % 20 == 0 or validate or self.interrupted):
+        args, data, log, stride = self.args, self.data, self.folder / "log.csv", self.stride
+        done = step + stride
+        validate = done % args.val_every < stride or done == args.steps
+        if not (done % 20 < stride or validate or self.interrupted):
             return
         row, better = {k: v.item() / self.count for k, v in self.sums.items()}, False
         for k, value in row.items():
             if not math.isfinite(value):
-                stop(f"{k} is {value} between steps {done - self.count} and {done}; {self.folder} "
-                     "has the checkpoint before that. Lower --lr.", status=1)
+                stop(f"{k} is {value} between steps {done - self.count * stride} and {done}; "
+                     f"{self.folder} has the checkpoint before that. Lower --lr.", status=1)
         shown = {k: f"{row[k]:.3f}" for k in ("loss", "lam") if k in row}
         self.bar.set_postfix(**shown, best=f"{self.best:.1f}")
         row["val_dice"] = ""
@@ -966,7 +968,7 @@ class Run:
                        + ", ".join(f"{k} {d:.1f}" for k, d in dice.items()), sys.stdout)
             row["val_dice"] = reported = next(iter(dice.values()))
             better, self.best = reported > self.best, max(reported, self.best)
-        if validate or done % 20 == 0:
+        if validate or done % 20 < stride:
             header = "" if log.exists() and log.stat().st_size else ",".join(["step", *row]) + "\n"
             with open(log, "a") as file:
                 print(header + ",".join(map(str, [done, *row.values()])), file=file)

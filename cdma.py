@@ -1,0 +1,244 @@
+"""CDMA: cross distillation of multiple attentions.
+
+"Semi-supervised pathological image segmentation via cross distillation of multiple attentions",
+L. Zhong, X. Liao, S. Zhang, G. Wang, MICCAI 2023, https://arxiv.org/abs/2305.18830
+
+Idea
+    One encoder feeds three decoders that differ in their attention: one weighs channels (CA), one
+    weighs places (SA), one does both in turn (CSA). So they make different mistakes at the price of
+    little more than one network. Each learns from the softened probabilities of the two others, in
+    which the second choice still counts, on all images. And their mean is asked to be certain.
+    The CSA branch is the one to use in the end.
+
+                        +---> decoder with CA  ---> P_CA ----+    each is pulled towards the other
+        x ---> encoder -+---> decoder with SA  ---> P_SA ----+--- two at temperature T (all images);
+                        +---> decoder with CSA ---> P_CSA ---+    the entropy of their mean falls
+
+        labelled images: the mean of the three supervised losses with y
+
+Run
+    python cdma.py                                      # the built-in phantom
+    python cdma.py --data PATH --labeled 10%
+    python cdma.py --data PATH --labeled 10% --distill-weight 0   # without cross distillation
+
+Equations (numbers are this file's)
+    Eq. (1)  kd_loss      how far a student's softened probabilities are from a teacher's
+    Eq. (2)  cdkd_loss    each branch the student of the two others
+    Eq. (3)  um_loss      entropy of the branches' mean
+    Eq. (4)  main         L = L_sup + λ_1 L_cdkd + λ_2 L_um
+
+Differences
+    1. From the authors' code: any number of classes, where its distillation is written for two.
+    2. From the paper: U-Net, AdamW and augmentation as in all six files (the paper: a pretrained
+       encoder, which its published numbers need), all branches see the common.strong view [ours],
+       and labelled and unlabelled images pass separately, so that BatchNorm never mixes them.
+    3. Like the authors' code: λ_1 = λ_2 = 0 for the first 10% of the steps, then constant.
+    4. The unlabelled stream holds no labelled image; both losses also cover the labelled images.
+"""
+import math
+
+import torch
+from torch import nn
+
+from common import (
+    Data,
+    Decoder,
+    Encoder,
+    Run,
+    UNet,
+    parse,
+    parser,
+    poly_decay,
+    set_lr,
+    strong,
+    supervised_loss,
+)
+
+WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
+START = 0.1  # [code] share of the steps before L_cdkd and L_um begin: 15 of 150 epochs
+
+# ------------------------------------------------------------------------------------------ Modules
+
+
+class ChannelAttention(nn.Module):
+    """CA: F · σ(MLP(avgpool F) + MLP(maxpool F)), one weight for each channel (Woo et al. 2018).
+
+    F (B, C, H, W) -> the same shape. The MLP is shared, its hidden width max(1, C // 16).
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        hidden = max(1, channels // 16)
+        self.mlp = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.ReLU(True),
+                                 nn.Conv2d(hidden, channels, 1, bias=False))
+
+    def forward(self, x):
+        average, largest = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+        return x * (self.mlp(average) + self.mlp(largest)).sigmoid()  # weights (B, C, 1, 1)
+
+
+class SpatialAttention(nn.Module):
+    """SA: F · σ(conv7×7[mean_c F ⊕ max_c F]), one weight for each pixel: (B, C, H, W) -> same."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x):
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
+        return x * self.conv(pooled).sigmoid()  # weights (B, 1, H, W)
+
+
+ATTENTIONS = {  # [paper] branch: attention after a decoder block of that many channels
+    "CSA": lambda channels: nn.Sequential(ChannelAttention(channels), SpatialAttention()),
+    "CA": ChannelAttention,
+    "SA": lambda channels: SpatialAttention(),
+}
+
+
+class ThreeBranches(nn.Module):
+    """Image (B, channels, H, W) -> {branch: logits (B, classes, H, W), float32}: CSA, CA and SA.
+
+    encoder(x): features from fine to coarse; decoders: one a branch, with `blocks` that join a
+    coarse and a skip feature, of `widths` channels, coarsest first.
+    """
+
+    def __init__(self, encoder, decoders, widths, classes):
+        super().__init__()
+        self.encoder, self.decoders = encoder, nn.ModuleDict(zip(ATTENTIONS, decoders, strict=True))
+        self.attentions = nn.ModuleDict({branch: nn.ModuleList(attention(c) for c in widths)
+                                         for branch, attention in ATTENTIONS.items()})
+        self.heads = nn.ModuleDict({branch: nn.Conv2d(widths[-1], classes, 1)
+                                    for branch in ATTENTIONS})
+
+    def forward(self, x):
+        *skips, bottleneck = self.encoder(x)
+        logits = {}
+        for branch, decoder in self.decoders.items():
+            x, attentions = bottleneck, self.attentions[branch]
+            for block, attention, skip in zip(decoder.blocks, attentions, skips[::-1], strict=True):
+                x = attention(block(x, skip))
+            logits[branch] = self.heads[branch](x).float()
+        return logits
+
+
+# ---------------------------------------------------------------------------------------- Equations
+
+
+def kd_loss(logits_s, logits_t, temperature):
+    """Eq. (1): L_kd = T² mean over images and pixels of KL(softmax(z_t / T) ‖ softmax(z_s / T)).
+
+    logits (B, C, H, W) of student and teacher -> scalar. Gradient flows into the student's alone.
+    Example: equal logits give 0, and T² keeps the gradient's size when T grows.
+    """
+    log_s = (logits_s / temperature).log_softmax(1)
+    log_t = (logits_t.detach() / temperature).log_softmax(1)
+    return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(1).mean()
+
+
+def cdkd_loss(logits, temperature):
+    """Eq. (2): L_cdkd = mean over students s of the sum over t ≠ s of L_kd(z_s, z_t).
+
+    logits: list of (B, C, H, W), one a branch -> scalar. Gradient: of each term into its student.
+    """
+    n = len(logits)
+    pairs = [(s, t) for s in range(n) for t in range(n) if t != s]
+    return sum(kd_loss(logits[s], logits[t], temperature) for s, t in pairs) / n
+
+
+def um_loss(logits):
+    """Eq. (3): L_um = mean over images and pixels of H(P̄) / log C, P̄ the mean of the softmaxes.
+
+    logits: list of (B, C, H, W), one a branch -> scalar from 0 (certain) to 1. Gradient: into all.
+    """
+    mean = torch.stack(logits).softmax(2).mean(0)  # (B, C, H, W)
+    entropy = torch.special.entr(mean).sum(1)  # (B, H, W); 0 log 0 = 0
+    return entropy.mean() / math.log(mean.shape[1])
+
+
+# ----------------------------------------------------------------------------------------- Networks
+
+
+def build(channels, classes, width):
+    """The U-Net's encoder, and its decoder three times, with attention: {name: network}."""
+    decoders = [Decoder(width) for _ in ATTENTIONS]
+    widths = [8 * width, 4 * width, 2 * width, width]
+    return {"three branches": ThreeBranches(Encoder(channels, width), decoders, widths, classes)}
+
+
+def predict(networks, x):
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}, the reported one first."""
+    probs = {branch: z.softmax(1) for branch, z in networks["three branches"](x).items()}
+    return probs | {"mean": sum(probs.values()) / len(probs)}
+
+
+def pictures(networks, x):
+    """Columns of preview.png: where the branches contradict each other, and what they doubt."""
+    csa, ca, sa, mean = predict(networks, x).values()
+    labels = torch.stack([csa, ca, sa]).argmax(2)  # (3, B, H, W)
+    disagreement = (labels.amax(0) != labels.amin(0)).float()
+    entropy = torch.special.entr(mean).sum(1)
+    return {"disagreement": disagreement, "entropy of mean": entropy}
+
+
+def main(argv=None):
+    # options
+    options = parser(__doc__)
+    add = options.own.add_argument
+    add("--distill-weight", type=float, default=0.1, help="λ_1 of L_cdkd (%(default)s) [paper]")
+    add("--entropy-weight", type=float, default=0.1, help="λ_2 of L_um (%(default)s) [paper]")
+    add("--temperature", type=float, default=10.0, help="T of L_kd (%(default)s) [paper]")
+    args = parse(options, argv)
+
+    # data, run, networks, optimizer
+    data = Data(args)
+    run = Run("cdma", args, data)
+    networks = run.place(build(data.channels, data.classes, args.width))
+    network = networks["three branches"]
+    optimizer = torch.optim.AdamW(network.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
+    run.keep(networks, [optimizer], predict, pictures)
+    with torch.device("meta"):  # shapes only
+        plain = UNet(data.channels, data.classes, args.width)
+    print(f"the plain U-Net has {sum(p.numel() for p in plain.parameters()) / 1e6:.2f} M")
+
+    for step in run.steps():
+        # 1 batch
+        x_l, y_l, x_u, *_ = data.batch()
+
+        # 2 views
+        x_l, x_u = strong(x_l), strong(x_u)  # one view for all three branches
+
+        # 3 targets
+        # none here: each branch's logits are the others' targets, detached in Eq. (1)
+
+        # 4 losses
+        with run.autocast():
+            logits_l, logits_u = network(x_l), network(x_u)  # {branch: (B, C, H, W)}
+        logits = [torch.cat([logits_l[branch], logits_u[branch]]) for branch in ATTENTIONS]
+        loss_sup = sum(supervised_loss(z, y_l) for z in logits_l.values()) / len(logits_l)
+        loss_cdkd, loss_um = cdkd_loss(logits, args.temperature), um_loss(logits)
+        lam = float(step >= START * args.steps)
+        loss_unsup = args.distill_weight * loss_cdkd + args.entropy_weight * loss_um
+        loss = loss_sup + lam * loss_unsup  # Eq. (4)
+
+        # 5 step
+        lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))
+        optimizer.zero_grad(set_to_none=True)
+        run.backward(loss)
+        run.update(optimizer)
+
+        # 6 teacher
+        # none: the branches teach each other
+
+        # 7 log, validate, save
+        labels = torch.stack(logits).argmax(2)  # (3, B, H, W)
+        agreement = (labels.amax(0) == labels.amin(0)).float().mean()
+        run.log(loss=loss, sup=loss_sup, cdkd=loss_cdkd, um=loss_um, lam=lam, agreement=agreement,
+                lr=lr)
+        run.save(step)
+
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main()

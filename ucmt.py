@@ -1,0 +1,284 @@
+"""UCMT: uncertainty-guided collaborative mean teacher.
+
+"Co-training with high-confidence pseudo labels for semi-supervised medical image segmentation",
+Z. Shen, P. Cao, H. Yang, X. Liu, J. Yang, O. R. Zaiane, IJCAI 2023, https://arxiv.org/abs/2301.04465
+
+Idea
+    Two networks that teach each other soon agree, mistakes included. Here two students, each with
+    a strong view of its own, learn from each other's hard labels and from those of one teacher, a
+    running average that sees the weak view. Then the same images come a second time, mixed: the
+    patches where a student is least certain are overwritten by those of the image where the other
+    is most certain (UMIX), and everyone predicts anew. The teacher is used in the end.
+
+        strong view 1 ---> student 1 ---> P_1 <--- Dice --- Ŷ_2, Ŷ_T
+        weak view     ---> teacher   ---> P_T ---> Ŷ_T     (no gradient through any Ŷ)
+        strong view 2 ---> student 2 ---> P_2 <--- Dice --- Ŷ_1, Ŷ_T
+        U_m: entropy of (P_m + P_T) / 2, by patch ---> X' = UMIX(X; U_1, U_2) ---> the same again
+
+Run
+    python ucmt.py                                       # the built-in phantom
+    python ucmt.py --data PATH --labeled 10%
+    python ucmt.py --data PATH --labeled 10% --teacher-mix 0.5   # see Differences, 1
+
+Equations (numbers are this file's)
+    Eq. (1)  dice_loss    soft Dice of a network's probabilities with hard labels
+    Eq. (2)  cps_loss     each student with the other's labels
+    Eq. (3)  mts_loss     both students with the teacher's labels
+    Eq. (4)  uncertainty  entropy of student and teacher together, averaged over each patch
+    Eq. (5)  umix         uncertain patches receive certain ones
+    Eq. (6)  ema_decay    the teacher's memory, short at first
+    Eq. (7)  ema_update   teacher weights: running average of the students'
+    Eq. (8)  main         L = L_s + λ(t) α (L_cps + L_mts) / 2, one optimizer step on X, one on X'
+
+Differences
+    1. Like the authors' code: the teacher averages β θ_1 + (1 − β) θ_2 with β = 0.99, not 0.5
+       (--teacher-mix). It matters: students from different random weights do not number their
+       channels alike, so half of one and half of the other is a network that fits neither.
+    2. From the authors' code: strong views 1 and 2 are drawn independently, not 2 from 1; patches
+       come from the unmixed image, never from one already overwritten; the teacher predicts X' anew
+       instead of having its labels moved. Like it, labelled images are mixed too, with their masks.
+    3. From the paper: U-Net, AdamW and CE + Dice as in all six files. Each of the two optimizer
+       steps counts in --steps. Labelled and unlabelled images pass separately (BatchNorm).
+    4. The unlabelled stream holds no labelled image. The teacher runs in train mode.
+"""
+import argparse
+import copy
+
+import torch
+from torch.nn import functional as F
+
+from common import (
+    Data,
+    Run,
+    UNet,
+    number,
+    parse,
+    parser,
+    poly_decay,
+    ramp_up,
+    set_lr,
+    stop,
+    strong,
+    supervised_loss,
+)
+
+WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
+EMA_DECAY = 0.99  # [paper]
+RAMP = 0.3  # [ours] share of the steps over which lambda grows, as in mean_teacher.py
+
+# ------------------------------------------------------------------------------------------ Modules
+
+# none: three plain U-Nets
+
+# ---------------------------------------------------------------------------------------- Equations
+
+
+def dice_loss(probs, label):
+    """Eq. (1): Dice(P, Ŷ) = 1 − mean over images and classes of (2 Σ P Ŷ + ε) / (Σ P + Σ Ŷ + ε).
+
+    probs (B, C, H, W), label (B, H, W) long -> scalar; sums over pixels, ε = 1e-5, background too.
+    Gradient flows into probs. Example: probs one-hot at the label give 0.
+    """
+    target = F.one_hot(label, probs.shape[1]).movedim(-1, 1).to(probs.dtype)  # (B, C, H, W)
+    overlap, total = (probs * target).sum((2, 3)), (probs + target).sum((2, 3))  # (B, C)
+    return 1 - ((2 * overlap + 1e-5) / (total + 1e-5)).mean()
+
+
+def cps_loss(probs_1, probs_2, label_1, label_2):
+    """Eq. (2): L_cps = Dice(P_1, Ŷ_2) + Dice(P_2, Ŷ_1).
+
+    probs (B, C, H, W), labels (B, H, W) long -> scalar. Gradient flows into both probs.
+    """
+    return dice_loss(probs_1, label_2) + dice_loss(probs_2, label_1)
+
+
+def mts_loss(probs_1, probs_2, label_t):
+    """Eq. (3): L_mts = Dice(P_1, Ŷ_T) + Dice(P_2, Ŷ_T).
+
+    probs (B, C, H, W), label (B, H, W) long -> scalar. Gradient flows into both probs.
+    """
+    return dice_loss(probs_1, label_t) + dice_loss(probs_2, label_t)
+
+
+def uncertainty(probs_m, probs_t, grid):
+    """Eq. (4): U_m = mean over each patch of H((P_m + P_T) / 2), H(P) = −Σ_c P log P.
+
+    probs (B, C, H, W), grid: patches a side -> (B, grid, grid), from 0 to log C. No gradient.
+    """
+    mean = ((probs_m + probs_t) / 2).detach()
+    entropy = torch.special.entr(mean).sum(1, keepdim=True)  # (B, 1, H, W); 0 log 0 = 0
+    return F.adaptive_avg_pool2d(entropy, grid)[:, 0]
+
+
+def umix(x, u_1, u_2, k):
+    """Eq. (5): x'[top-k U_1] = x[bottom-k U_2], then x'[top-k U_2] = x[bottom-k U_1], by rank.
+
+    x: images (B, channels, H, W) or label maps (B, H, W); u: (B, grid, grid), the grid divides H
+    and W -> the shape of x. What is read is unmixed; where both write, the second stands; of equal
+    uncertainties the first patch is first. Gradient flows into x.
+    """
+    grid, images = u_1.shape[-1], x if x.dim() == 4 else x[:, None]
+    b, channels, h, w = images.shape
+    low_1, low_2 = (u.flatten(1).argsort(stable=True, dim=1)[:, :k] for u in (u_1, u_2))  # (B, k)
+    top_1, top_2 = (u.flatten(1).neg().argsort(stable=True, dim=1)[:, :k] for u in (u_1, u_2))
+    source = torch.arange(grid**2, device=x.device).repeat(b, 1)  # (B, grid²): each shows itself
+    source = source.scatter(1, top_1, low_2).scatter(1, top_2, low_1)
+    patches = images.reshape(b, channels, grid, h // grid, grid, w // grid).transpose(3, 4)
+    patches = patches.flatten(4).flatten(2, 3)  # (B, channels, grid², pixels of a patch)
+    patches = patches.gather(2, source[:, None, :, None].expand_as(patches))
+    patches = patches.reshape(b, channels, grid, grid, h // grid, w // grid).transpose(3, 4)
+    return patches.reshape(x.shape)
+
+
+def ema_decay(step, decay):
+    """Eq. (6): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ... Short at first: 0, 1/2, 2/3
+
+    numbers -> number.
+    """
+    return min(1 - 1 / (step + 1), decay)
+
+
+def ema_update(teacher, student_1, student_2, mix, alpha):
+    """Eq. (7): θ_T ← α θ_T + (1 − α) (β θ_1 + (1 − β) θ_2), in place, β = mix, for every parameter.
+
+    three modules of one architecture. No gradient. BatchNorm's buffers are left alone.
+    """
+    parameters = (network.parameters() for network in (teacher, student_1, student_2))
+    with torch.no_grad():
+        for p_t, p_1, p_2 in zip(*parameters, strict=True):
+            p_t.lerp_(p_2.lerp(p_1, mix), 1 - alpha)
+
+
+# ----------------------------------------------------------------------------------------- Networks
+
+
+def build(channels, classes, width):
+    """Two students with different random weights; the teacher starts as a copy of student 1."""
+    student_1, student_2 = UNet(channels, classes, width), UNet(channels, classes, width)
+    teacher = copy.deepcopy(student_1).requires_grad_(False)
+    return {"student 1": student_1, "student 2": student_2, "teacher": teacher}
+
+
+def predict(networks, x):
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}, the reported one first."""
+    return {name: networks[name](x).softmax(1) for name in ("teacher", "student 1", "student 2")}
+
+
+def pictures(networks, x, grid=16, k=2):
+    """Columns of preview.png: both uncertainty maps, and the patches that UMIX overwrites."""
+    probs_t, probs_1, probs_2 = predict(networks, x).values()
+    u_1, u_2 = uncertainty(probs_1, probs_t, grid), uncertainty(probs_2, probs_t, grid)
+    pixel = torch.arange(x[:, 0].numel(), device=x.device).view(-1, *x.shape[2:])
+    swapped, mixed = (umix(pixel, u_1, u_2, k) != pixel).long(), umix(x, u_1, u_2, k)
+    u_1, u_2 = F.interpolate(torch.stack([u_1, u_2], 1), x.shape[2:]).unbind(1)  # (B, H, W)
+    return {"uncertainty 1": u_1, "uncertainty 2": u_2, "UMIX image": mixed,
+            "swapped patches": (mixed, swapped)}
+
+
+def main(argv=None):
+    # options
+    options = parser(__doc__)
+    add = options.own.add_argument
+    add("--weight", type=float, default=0.1, help="α of L_u (%(default)s) [code]")
+    add("--teacher-mix", type=float, default=0.99, metavar="β",
+        help="student 1's share in the teacher (%(default)s) [code]")
+    add("--grid", type=number(int, 1), default=16, help="UMIX patches a side (%(default)s) [paper]")
+    add("--top-k", type=number(int, 0), default=2,
+        help="patches that UMIX overwrites for each student (%(default)s) [paper]")
+    add("--umix-labeled", action=argparse.BooleanOptionalAction, default=True,
+        help="mix labelled images too, with their masks [code]")
+    args = parse(options, argv)
+    if args.steps % 2:
+        stop(f"--steps {args.steps}: expected an even number, since UCMT takes two optimizer steps "
+             f"on a batch, on the images and on their mix. Try {args.steps + 1}.")
+    if args.size % args.grid:
+        stop(f"--grid {args.grid} does not divide --size {args.size}. Expected a number of patches "
+             "a side that does, such as 8 or 16.")
+
+    # data, run, networks, optimizer
+    data = Data(args)
+    run = Run("ucmt", args, data)
+    networks = run.place(build(data.channels, data.classes, args.width))
+    student_1, student_2 = networks["student 1"], networks["student 2"]
+    teacher, grid, k = networks["teacher"], args.grid, args.top_k
+    k_l = k if args.umix_labeled else 0  # patches of a labelled image
+    parameters = [*student_1.parameters(), *student_2.parameters()]
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
+    run.keep(networks, [optimizer], predict, lambda nets, x: pictures(nets, x, grid, k))
+
+    for step in run.steps(2):
+        # 1 batch
+        x_l, y_l, x_u, *_ = data.batch()
+
+        # 2 views
+        x_l1, x_l2, x_u1, x_u2 = strong(x_l), strong(x_l), strong(x_u), strong(x_u)
+
+        # 3 targets
+        with torch.no_grad(), run.autocast():
+            probs_lt, probs_t = teacher(x_l).softmax(1), teacher(x_u).softmax(1)  # (B, C, H, W)
+        label_t = probs_t.argmax(1)  # (B, H, W)
+
+        # 4 losses
+        with run.autocast():
+            logits_l1, logits_u1 = student_1(x_l1), student_1(x_u1)
+            logits_l2, logits_u2 = student_2(x_l2), student_2(x_u2)
+        probs_1, probs_2 = logits_u1.softmax(1), logits_u2.softmax(1)
+        loss_sup = supervised_loss(logits_l1, y_l) + supervised_loss(logits_l2, y_l)
+        loss_cps = cps_loss(probs_1, probs_2, probs_1.argmax(1), probs_2.argmax(1))
+        loss_mts = mts_loss(probs_1, probs_2, label_t)
+        lam = args.weight * ramp_up(step, RAMP * args.steps)
+        loss = loss_sup + lam * (loss_cps + loss_mts) / 2  # Eq. (8)
+
+        # 5 step
+        lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))
+        optimizer.zero_grad(set_to_none=True)
+        run.backward(loss)
+        run.update(optimizer)
+
+        # 6 teacher
+        ema_update(teacher, student_1, student_2, args.teacher_mix, ema_decay(step, EMA_DECAY))
+
+        # second step: UMIX
+        # 1 batch
+        u_1, u_2 = uncertainty(probs_1, probs_t, grid), uncertainty(probs_2, probs_t, grid)
+        u_l1, u_l2 = (uncertainty(z.softmax(1), probs_lt, grid) for z in (logits_l1, logits_l2))
+        x_l, y_l = umix(x_l, u_l1, u_l2, k_l), umix(y_l, u_l1, u_l2, k_l)
+        x_u = umix(x_u, u_1, u_2, k)
+
+        # 2 views
+        x_l1, x_l2, x_u1, x_u2 = strong(x_l), strong(x_l), strong(x_u), strong(x_u)
+
+        # 3 targets
+        with torch.no_grad(), run.autocast():
+            label_t = teacher(x_u).argmax(1)  # (B, H, W), predicted anew
+
+        # 4 losses
+        with run.autocast():
+            logits_l1, logits_u1 = student_1(x_l1), student_1(x_u1)
+            logits_l2, logits_u2 = student_2(x_l2), student_2(x_u2)
+        probs_1, probs_2 = logits_u1.softmax(1), logits_u2.softmax(1)
+        mix_sup = supervised_loss(logits_l1, y_l) + supervised_loss(logits_l2, y_l)
+        mix_cps = cps_loss(probs_1, probs_2, probs_1.argmax(1), probs_2.argmax(1))
+        mix_mts = mts_loss(probs_1, probs_2, label_t)
+        mix_loss = mix_sup + lam * (mix_cps + mix_mts) / 2  # Eq. (8) of X'
+
+        # 5 step
+        set_lr(optimizer, args.lr * poly_decay(step + 1, args.steps))
+        optimizer.zero_grad(set_to_none=True)
+        run.backward(mix_loss)
+        run.update(optimizer)
+
+        # 6 teacher
+        ema_update(teacher, student_1, student_2, args.teacher_mix, ema_decay(step + 1, EMA_DECAY))
+
+        # 7 log, validate, save
+        agreement = (probs_1.argmax(1) == probs_2.argmax(1)).float().mean()
+        run.log(loss=loss, sup=loss_sup, cps=loss_cps, mts=loss_mts, mix_loss=mix_loss, lam=lam,
+                uncertainty=(u_1.mean() + u_2.mean()) / 2, agreement=agreement, lr=lr)
+        run.save(step)
+
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main()
