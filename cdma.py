@@ -152,7 +152,7 @@ def um_loss(logits):
     logits: list of (B, C, H, W), one a branch -> scalar from 0 (certain) to 1. Gradient: into all.
     """
     mean = torch.stack(logits).softmax(2).mean(0)  # (B, C, H, W)
-    entropy = torch.special.entr(mean).sum(1)  # (B, H, W); 0 log 0 = 0
+    entropy = -(mean * mean.clamp_min(1e-8).log()).sum(1)  # (B, H, W)
     return entropy.mean() / math.log(mean.shape[1])
 
 

@@ -13,49 +13,69 @@ import time
 
 import torch
 from conftest import METHODS
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common
 
 BLOCKS, STEPS = 5, 20
 
 
-def bare_work(run, passes):
-    """A function that does one step's passes, backward and update on copies of the run's networks."""
-    copies = {id(n): copy.deepcopy(n) for n in run.networks.values()}
-    trained = [p for key in {key for key, _, grad in passes if grad} for p in copies[key].parameters()]
-    optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=1e-2)
-    ready = {shape: torch.rand(shape).contiguous(memory_format=torch.channels_last) for _, shape, _ in passes}
+def tensors(outputs):
+    """All tensors in what a network returns: a tensor, or lists and dictionaries of tensors."""
+    if torch.is_tensor(outputs):
+        return [outputs]
+    values = outputs.values() if isinstance(outputs, dict) else outputs
+    return [t for value in values for t in tensors(value)]
 
-    def step():
-        loss = 0
-        for key, shape, grad in passes:
-            with torch.set_grad_enabled(grad):
-                logits = copies[key](ready[shape])
-            loss = loss + logits.float().square().mean() if grad else loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return step
+
+def bare_work(run, passes):
+    """A function that does one turn's passes, backwards and updates on copies of the run's networks."""
+    copies = {id(n): copy.deepcopy(n) for n in run.networks.values()}
+    trained = {key: None for step in passes for key, _, grad in step if grad}
+    optimizer = torch.optim.AdamW([p for key in trained for p in copies[key].parameters()], 1e-3, weight_decay=1e-2)
+    shapes = {shape for step in passes for _, shape, _ in step}
+    ready = {shape: torch.rand(shape).contiguous(memory_format=torch.channels_last) for shape in shapes}
+
+    def turn():
+        for step in passes:
+            loss = 0
+            for key, shape, grad in step:
+                with torch.set_grad_enabled(grad):
+                    outputs = copies[key](ready[shape])
+                for logits in tensors(outputs) if grad else ():
+                    loss = loss + logits.float().square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    return turn
 
 
 def measure(method):
-    passes, times = [], {"method": [], "bare": []}
+    passes, owner, times = [[]], {}, {"method": [], "bare": []}
 
-    def record(module, inputs):
-        if isinstance(module, common.UNet) and len(inputs[0]):
-            passes.append((id(module), tuple(inputs[0].shape), torch.is_grad_enabled()))
+    def record(module, inputs):  # a pass is seen at its encoder, since a file may call a network's parts
+        if id(module) in owner and len(inputs[0]):
+            passes[-1].append((owner[id(module)], tuple(inputs[0].shape), torch.is_grad_enabled()))
 
-    def steps(run):
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(record)
-        yield 0
-        hook.remove()
+    def steps(run, stride=1):
+        owner.update({id(getattr(n, "encoder", n)): id(n) for n in run.networks.values()})
+        hooks = [torch.nn.modules.module.register_module_forward_pre_hook(record),
+                 register_optimizer_step_post_hook(lambda *_: passes.append([]))]
+        # contrastive self-training: a step of a round, the first turn labels all images
+        first = run.args.steps // 2 if method == "contrastive_st" else 0
+        yield first
+        passes[:] = [[]]
+        yield first + stride
+        del passes[-1]
+        for hook in hooks:
+            hook.remove()
         bare = bare_work(run, passes)
         for block in range(BLOCKS + 1):  # the first is a warm-up
             start = time.perf_counter()
-            for step in range(STEPS):
-                yield 1 + block * STEPS + step
+            for turn in range(STEPS // stride):
+                yield first + stride * (2 + block * STEPS + turn)
             middle = time.perf_counter()
-            for _ in range(STEPS):
+            for _ in range(STEPS // stride):
                 bare()
             if block:
                 times["method"].append((middle - start) / STEPS)
@@ -66,7 +86,8 @@ def measure(method):
         importlib.import_module(method).main(["--size", "96", "--steps", "1000", "--out", out])
     a, b = statistics.median(times["method"]), statistics.median(times["bare"])
     ratio = statistics.median(x / y for x, y in zip(times["method"], times["bare"], strict=True))
-    print(f"{method}: {len(passes)} passes, {1000 * a:.0f} ms a step, bare {1000 * b:.0f} ms, ratio {ratio:.2f}")
+    count = sum(map(len, passes)) / len(passes)
+    print(f"{method}: {count:g} passes a step, {1000 * a:.0f} ms, bare {1000 * b:.0f} ms, ratio {ratio:.2f}")
 
 
 for name in sys.argv[1:] or METHODS:

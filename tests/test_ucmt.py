@@ -1,0 +1,235 @@
+"""Every equation of ucmt.py, by hand, by a naive loop, in closed form, and where its gradient goes."""
+import csv
+import math
+
+import pytest
+import torch
+from conftest import run_folder
+
+import ucmt
+from common import UNet
+
+
+def test_eq1_dice_loss_by_hand():
+    # one row of four pixels, P of class 1 = (1, 0.5, 0, 0), Ŷ = (1, 1, 0, 0)
+    p = torch.tensor([1.0, 0.5, 0.0, 0.0])
+    probs, label = torch.stack([1 - p, p]).view(1, 2, 1, 4), torch.tensor([[[1, 1, 0, 0]]])
+    dice = (2 * 2 / (2.5 + 2) + 2 * 1.5 / (1.5 + 2)) / 2  # background, foreground
+    assert ucmt.dice_loss(probs, label).item() == pytest.approx(1 - dice, rel=1e-5)
+    onehot = torch.nn.functional.one_hot(label, 2).movedim(-1, 1).float()
+    assert ucmt.dice_loss(onehot, label).item() == 0  # both right, an absent class would count as 1
+    assert ucmt.dice_loss(onehot.flip(1), label).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_eq1_dice_loss_naive_loop():
+    probs, label = torch.randn(2, 3, 4, 5).softmax(1), torch.randint(3, (2, 4, 5))
+    total = 0.0
+    for b in range(2):
+        for c in range(3):
+            both = sum(probs[b, c, i, j].item() * (label[b, i, j].item() == c) for i in range(4) for j in range(5))
+            size = sum(probs[b, c, i, j].item() + (label[b, i, j].item() == c) for i in range(4) for j in range(5))
+            total += (2 * both + 1e-5) / (size + 1e-5)
+    assert ucmt.dice_loss(probs, label).item() == pytest.approx(1 - total / 6, rel=1e-5)
+
+
+def test_eq1_dice_loss_gradient():
+    """Raises the label's probability and lowers the others'."""
+    probs = torch.full((1, 2, 3, 3), 0.5, requires_grad=True)
+    label = torch.zeros(1, 3, 3, dtype=torch.long)
+    label[0, 1, 1] = 1
+    ucmt.dice_loss(probs, label).backward()
+    onehot = torch.nn.functional.one_hot(label, 2).movedim(-1, 1).bool()
+    assert (probs.grad[onehot] < 0).all() and (probs.grad[~onehot] > 0).all()
+
+
+def losses_of(probs_1, probs_2, a, b):
+    return ucmt.dice_loss(probs_1, a).item() + ucmt.dice_loss(probs_2, b).item()
+
+
+def test_eq2_cps_loss_crosses_the_labels():
+    probs_1, probs_2 = torch.randn(2, 3, 4, 4).softmax(1), torch.randn(2, 3, 4, 4).softmax(1)
+    label_1, label_2 = probs_1.argmax(1), probs_2.argmax(1)
+    found = ucmt.cps_loss(probs_1, probs_2, label_1, label_2).item()
+    assert found == pytest.approx(losses_of(probs_1, probs_2, label_2, label_1))
+    assert found > losses_of(probs_1, probs_2, label_1, label_2)  # one's own labels are easier
+    probs_1.requires_grad_()
+    probs_2.requires_grad_()
+    ucmt.cps_loss(probs_1, probs_2, label_1, label_2).backward()
+    assert probs_1.grad.any() and probs_2.grad.any()
+
+
+def test_eq3_mts_loss_takes_the_teachers_labels():
+    probs_1, probs_2 = torch.randn(2, 3, 4, 4).softmax(1), torch.randn(2, 3, 4, 4).softmax(1)
+    probs_t = torch.randn(2, 3, 4, 4, requires_grad=True)
+    label_t = probs_t.argmax(1)
+    assert ucmt.mts_loss(probs_1, probs_2, label_t).item() == pytest.approx(losses_of(probs_1, probs_2, label_t, label_t))
+    onehot = torch.nn.functional.one_hot(label_t, 3).movedim(-1, 1).float()
+    assert ucmt.mts_loss(onehot, onehot, label_t).item() == pytest.approx(0, abs=1e-6)
+    probs_1.requires_grad_()
+    ucmt.mts_loss(probs_1, probs_2, label_t).backward()
+    assert probs_1.grad.any() and probs_t.grad is None
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_eq4_uncertainty_bounds(classes):
+    even = torch.full((2, classes, 8, 8), 1 / classes)
+    torch.testing.assert_close(ucmt.uncertainty(even, even, 4), torch.full((2, 4, 4), math.log(classes)))
+    sure = torch.nn.functional.one_hot(torch.randint(classes, (2, 8, 8)), classes).movedim(-1, 1).float()
+    assert not ucmt.uncertainty(sure, sure, 4).any()  # 0 log 0 = 0, no NaN
+
+
+def test_eq4_uncertainty_by_hand_and_naive_loop():
+    # student sure of class 0, teacher of class 1: their mean is even, log 2
+    a = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
+    torch.testing.assert_close(ucmt.uncertainty(a, a.flip(1), 2), torch.full((1, 2, 2), math.log(2)))
+    p, q = torch.randn(2, 3, 8, 12).softmax(1).requires_grad_(), torch.randn(2, 3, 8, 12).softmax(1)
+    found = ucmt.uncertainty(p, q, 4)
+    for b in range(2):
+        for row in range(4):
+            for column in range(4):
+                total = 0.0
+                for i in range(2 * row, 2 * row + 2):
+                    for j in range(3 * column, 3 * column + 3):
+                        for c in range(3):
+                            m = (p[b, c, i, j].item() + q[b, c, i, j].item()) / 2
+                            total -= m * math.log(m)
+                assert found[b, row, column].item() == pytest.approx(total / 6, rel=1e-4)
+    assert not found.requires_grad
+
+
+def naive_umix(x, u_1, u_2, k):
+    """Patch by patch, one image at a time."""
+    grid, out = u_1.shape[-1], x.clone()
+    h, w = x.shape[-2] // grid, x.shape[-1] // grid
+    for b in range(len(x)):
+        flat = [u[b].flatten().tolist() for u in (u_1, u_2)]
+        top = [sorted(range(grid * grid), key=lambda p, u=u: (-u[p], p))[:k] for u in flat]
+        low = [sorted(range(grid * grid), key=lambda p, u=u: (u[p], p))[:k] for u in flat]
+        for targets, sources in ((top[0], low[1]), (top[1], low[0])):
+            for target, source in zip(targets, sources, strict=True):
+                (ti, tj), (si, sj) = divmod(target, grid), divmod(source, grid)
+                out[b, ..., ti * h:ti * h + h, tj * w:tj * w + w] = x[b, ..., si * h:si * h + h, sj * w:sj * w + w]
+    return out
+
+
+def test_eq5_umix_by_hand():
+    """4 x 4 patches of 2 x 2 pixels; every patch holds its number, its pixels differ by tenths."""
+    number = torch.arange(16.0).view(1, 4, 4)
+    tenths = torch.tensor([[0.0, 0.1], [0.2, 0.3]]).repeat(4, 4)
+    x = (number.repeat_interleave(2, 1).repeat_interleave(2, 2) + tenths)[:, None]  # (1, 1, 8, 8)
+    u_1, u_2 = torch.full((1, 16), 0.5), torch.full((1, 16), 0.5)
+    u_1[0, [3, 10]], u_1[0, [0, 7]] = torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])
+    u_2[0, [10, 6]], u_2[0, [15, 3]] = torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])
+    # first: 3 <- 15, 10 <- 3 (the unmixed 3, not the 15 that now lies there);
+    # then: 10 <- 0 (both wrote 10: the second stands), 6 <- 7
+    expected = list(range(16))
+    expected[3], expected[10], expected[6] = 15, 0, 7
+    mixed = ucmt.umix(x, u_1.view(1, 4, 4), u_2.view(1, 4, 4), 2)
+    assert mixed[0, 0, ::2, ::2].flatten().tolist() == expected
+    torch.testing.assert_close(mixed[0, 0] - mixed[0, 0].floor(), tenths)  # the inside of a patch stays in order
+    labels = ucmt.umix(x[:, 0].long(), u_1.view(1, 4, 4), u_2.view(1, 4, 4), 2)
+    assert torch.equal(labels, mixed[:, 0].long())  # image and label map stay aligned
+
+
+def test_eq5_umix_ties_by_index():
+    x = torch.arange(16).view(1, 4, 4)
+    even = torch.zeros(1, 4, 4)  # all tie: top 2 and bottom 2 are patches 0 and 1
+    assert torch.equal(ucmt.umix(x, even, even, 2), x)
+    u = even.clone()
+    u[0, 0, 0] = 1.0  # U_1: top 0, 1; bottom 1, 2. U_2: top 0, 1; bottom 0, 1
+    expected = x.flatten().tolist()
+    expected[0], expected[1] = 1, 2  # the second assignment, from bottom-k(U_1), stands
+    assert ucmt.umix(x, u, even, 2).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 5, 16])
+def test_eq5_umix_naive_loop(k):
+    u_1, u_2 = torch.randint(6, (5, 4, 4)) / 6, torch.randint(6, (5, 4, 4)) / 6  # with ties
+    x = torch.rand(5, 3, 8, 12)
+    mixed = ucmt.umix(x, u_1, u_2, k)
+    assert torch.equal(mixed, naive_umix(x, u_1, u_2, k))
+    assert torch.equal(ucmt.umix(x[:, 0], u_1, u_2, k), mixed[:, 0])
+    assert k > 0 or torch.equal(mixed, x)
+
+
+def test_eq5_umix_gradient_goes_to_the_patch_that_is_shown():
+    x = torch.rand(1, 1, 4, 4, requires_grad=True)
+    u = torch.arange(16.0).view(1, 4, 4)  # 15 receives 0, twice
+    ucmt.umix(x, u, u, 1).sum().backward()
+    expected = torch.ones(4, 4)
+    expected[3, 3], expected[0, 0] = 0, 2
+    assert torch.equal(x.grad[0, 0], expected)
+
+
+def test_eq6_ema_decay():
+    assert [ucmt.ema_decay(t, 0.99) for t in (0, 1, 2, 3)] == [0, 1 / 2, 1 - 1 / 3, 3 / 4]
+    assert ucmt.ema_decay(99, 0.99) == pytest.approx(0.99) and ucmt.ema_decay(10**6, 0.99) == 0.99
+
+
+def test_eq7_ema_update_by_hand_and_naive_loop():
+    teacher, student_1, student_2 = (torch.nn.Linear(1, 1) for _ in range(3))
+    with torch.no_grad():
+        for net, value in ((teacher, 1.0), (student_1, 2.0), (student_2, 6.0)):
+            net.weight.fill_(value)
+    ucmt.ema_update(teacher, student_1, student_2, 0.75, 0.5)
+    assert teacher.weight.item() == 0.5 * 1 + 0.5 * (0.75 * 2 + 0.25 * 6)
+    assert (student_1.weight.item(), student_2.weight.item()) == (2, 6)
+    teacher, student_1, student_2 = (UNet(1, 2, 4) for _ in range(3))
+    before = [p.clone() for p in teacher.parameters()]
+    student_1(torch.rand(2, 1, 16, 16)).sum().backward()
+    ucmt.ema_update(teacher, student_1, student_2, 0.99, 0.9)
+    nets = (teacher, student_1, student_2)
+    for old, new, a, b in zip(before, *(n.parameters() for n in nets), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * (0.99 * a + 0.01 * b))
+        assert new.grad is None
+    assert all(not b.any() for name, b in teacher.named_buffers() if "running_mean" in name)
+
+
+@pytest.mark.parametrize("more", [(), ("--no-umix-labeled",), ("--weight", "3", "--top-k", "0", "--grid", "8")])
+def test_eq8_main_total_objective(options, tmp_path, more):
+    ucmt.main(options("phantom", *more, "--val-every", "2", steps=8))
+    rows = list(csv.DictReader(open(run_folder(tmp_path / "runs") / "log.csv")))
+    assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
+    for row in rows:
+        row = {k: float(v) for k, v in row.items()}
+        assert row["cps"] > 0 and row["mts"] > 0 and row["mix_loss"] > 0
+        assert row["loss"] == pytest.approx(row["sup"] + row["lam"] * (row["cps"] + row["mts"]) / 2, rel=1e-5)
+    weight = 3 if more[:1] == ("--weight",) else 1
+    assert float(rows[0]["lam"]) == pytest.approx(weight * math.exp(-5)) and float(rows[3]["lam"]) == pytest.approx(weight)
+
+
+def test_two_optimizer_steps_an_iteration_and_checkpoints_between(options, tmp_path):
+    ucmt.main(options("phantom", "--val-every", "3", steps=8))  # 3 and 6 are met by the iterations' ends 4 and 6
+    folder = run_folder(tmp_path / "runs")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert state["step"] == 8
+    assert {int(s["step"]) for s in state["optimizers"][0]["state"].values()} == {8}
+    assert [int(row["step"]) for row in csv.DictReader(open(folder / "log.csv"))] == [4, 6, 8]
+
+
+@pytest.mark.parametrize("more, steps, message", [
+    ((), 7, "--steps 7: expected an even number"), (("--grid", "5"), 8, "--grid 5 does not divide --size 32"),
+    (("--grid", "0"), 8, "at least 1"), (("--top-k", "-1"), 8, "at least 0")])
+def test_options_that_do_not_fit(options, capsys, more, steps, message):
+    with pytest.raises(SystemExit) as stopped:
+        ucmt.main(options("phantom", *more, steps=steps))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_students_differ_and_the_teacher_follows_the_first(options, tmp_path):
+    nets = ucmt.build(1, 3, 4)
+    heads = [nets[name].head.weight for name in ("student 1", "student 2", "teacher")]
+    assert torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
+    ucmt.main(options("phantom", "--teacher-mix", "1", steps=2))  # after steps 0 and 1: (θ_1(0) + θ_1(1)) / 2
+    nets = torch.load(run_folder(tmp_path / "runs") / "last.pt", weights_only=True)["networks"]
+    one, two = ((nets["teacher"]["head.weight"] - nets[f"student {m}"]["head.weight"]).norm() for m in (1, 2))
+    assert 0 < one < two / 10
+
+
+def test_views_are_independent(options, monkeypatch):
+    """Every strong view of an iteration is drawn anew: two students, two streams, two steps."""
+    calls = []
+    strong = ucmt.strong
+    monkeypatch.setattr(ucmt, "strong", lambda x: calls.append(strong(x)) or calls[-1])
+    ucmt.main(options("phantom", steps=2))
+    assert len(calls) == 8 and not torch.equal(calls[0], calls[1]) and not torch.equal(calls[2], calls[3])
