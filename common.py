@@ -4,12 +4,16 @@ Read down to the line "Tools"; the rest is plumbing that no paper is about. A co
 
     python common.py check --data PATH       look at a dataset before training on it
     python common.py phantom --out FOLDER    write the built-in phantom as files, to see the layout
+    python common.py predict --run RUN --images PATH --out FOLDER      masks and overlays of images
+    python common.py compare RUN RUN ...     a table of runs, with gains over labelled-only training
 
 Shapes: B images, C classes, H x W pixels. Images are floats in [0, 1], label maps are integers.
 """
 import argparse
 import contextlib
+import csv
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -20,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -434,6 +439,19 @@ def parser(doc):
     return p
 
 
+def choose_device(name):
+    """"auto" -> cuda, else mps, else cpu; other names are tried."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        stop(f"--device {name} cannot be used: {str(error).splitlines()[0]} Expected auto, "
+             "cpu, cuda, cuda:1 or mps, on a machine that has it.")
+    return name
+
+
 def parse(parser, argv=None):
     """Parse, and fill in every default; args.options holds what the run folder's name spells."""
     args, unit = parser.parse_args(argv), 2**DEPTH
@@ -449,14 +467,8 @@ def parse(parser, argv=None):
         low = args.size // unit * unit
         stop(f"--size {args.size}: expected a multiple of {unit}, since the U-Net halves the image "
              f"{DEPTH} times. Try {low or unit} or {low + unit}.")
-    if args.device == "auto":
-        mps = torch.backends.mps.is_available()
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        cuda = torch.zeros(1, device=args.device).is_cuda
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        stop(f"--device {args.device} cannot be used: {str(error).splitlines()[0]} Expected auto, "
-             "cpu, cuda, cuda:1 or mps, on a machine that has it.")
+    args.device = choose_device(args.device)
+    cuda = args.device.startswith("cuda")
     if args.precision == "fp16" and not cuda:
         stop(f"--precision fp16 needs a CUDA GPU, the device is {args.device}. Use fp32.")
     if args.precision == "auto":
@@ -625,9 +637,8 @@ def read_pixels(path, mask=False):
     return array.astype(np.uint8) * 255 if array.dtype == bool else array
 
 
-def read_volume(paths):
-    """A volume's images, (H, W) or (H, W, 3) uint8; not 8-bit: from its 0.5-99.5 percentiles."""
-    arrays = [read_pixels(path) for path in paths]
+def scale_volume(arrays):
+    """A volume's images, (H, W) or (H, W, 3), as uint8; not 8-bit: by 0.5-99.5 percentiles."""
     if all(array.dtype == np.uint8 for array in arrays):
         return arrays
     values = np.concatenate([array.ravel() for array in arrays]).astype(float)
@@ -692,7 +703,7 @@ def decode(data):
     size, kinds, colour, volumes = data.args.size, {}, [], {}
 
     def read_images(paths):
-        arrays = read_volume(paths)
+        arrays = scale_volume([read_pixels(path) for path in paths])
         for path, array in zip(paths, arrays, strict=True):
             colour.append(array.ndim == 3)
             if colour[-1] and not colour[0]:
@@ -743,6 +754,10 @@ def decode(data):
         labels, _, largest = entry("masks", visible, read_label, Image.NEAREST, files)
         data.labels, data.truth = labels[:, 0], lambda i: read_mask(data.mask_files[i])[0]
     data.channels, data.classes = data.images.shape[1], data.args.classes or largest + 1
+    known = Path(data.args.data, "classes.txt")  # names for people, one a line, background first
+    named = known.read_text("utf-8", "replace").split("\n") if known.is_file() else ["background"]
+    named = [name.strip() for name in named if name.strip()][:data.classes]
+    data.class_names = named + [f"class {c}" for c in range(len(named), data.classes)]
     for volume, indices in [*data.volumes("val").items(), *data.volumes("test").items()]:
         found = {data.sizes[i] for i in indices}
         if len(found) > 1:
@@ -815,8 +830,9 @@ class Run:
 
     def __init__(self, name, args, data):
         self.name, self.args, self.data = name, args, data
-        labeled = Path(args.labeled).stem if Path(args.labeled).is_file() else args.labeled
-        start, parent = f"{name}-{labeled}-seed{args.seed}", Path(args.out) / data.name
+        file = Path(args.labeled)
+        self.labeled = file.stem if file.is_file() else args.labeled
+        start, parent = f"{name}-{self.labeled}-seed{args.seed}", Path(args.out) / data.name
         options = {k: Path(str(v)).stem if os.sep in str(v) else v for k, v in args.options.items()}
         title = start + "".join(f"-{k}_{v}" for k, v in sorted(options.items()))
         similar = sorted(p.name for p in parent.glob("*")
@@ -874,6 +890,8 @@ class Run:
         """
         self.networks, self.optimizers = networks, optimizers
         self.predict, self.pictures = predict, pictures
+        with evaluating(networks):
+            self.reported = list(predict(networks, self.data.load_images([0])))
         data, args, log = self.data, self.args, self.folder / "log.csv"
         units = [f"{k} {len(u)} ({len(data.indices(k))} images)" for k, u in data.split.items()]
         sizes = [f"{k} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
@@ -976,6 +994,7 @@ class Run:
         if validate or self.interrupted:  # best.pt: what predicting needs, last.pt: what --resume
             state = {"method": self.name, "step": done, "best": self.best, "size": args.size,
                      "width": args.width, "channels": data.channels, "classes": data.classes,
+                     "class_names": data.class_names, "reported": self.reported,
                      "scaling": "8 bit / 255, others by their volume's 0.5 to 99.5 percentiles",
                      "networks": {k: network.state_dict() for k, network in self.networks.items()}}
             if better:
@@ -1006,8 +1025,9 @@ class Run:
                 table.setdefault(k, {})[which] = scores
         name, best_step = next(iter(table)), states["best"]["step"]
         head = table[name]["last"]
-        results = {"method": self.name, "dataset": data.name, "labeled": args.labeled,
-                   "seed": args.seed, "steps": args.steps, "split": data.split_hash,
+        results = {"method": self.name, "dataset": data.name, "labeled": self.labeled,
+                   "options": args.options, "seed": args.seed, "steps": args.steps,
+                   "split": data.split_hash,
                    "headline": {"network": name, **{m: head[m] for m in METRICS}},
                    "best_step": best_step, "networks": table}
         self.write_json("results.json", results)
@@ -1045,8 +1065,8 @@ def save_sheet(path, columns):
     rows = zip(*columns.values(), strict=True)
     tiles = [F.interpolate(tile[None], (160, 160))[0] for row in rows for tile in row]
     grid = make_grid(tiles, nrow=len(columns), pad_value=255)
-    sheet = Image.new("RGB", (grid.shape[2], grid.shape[1] + 20), "white")
-    sheet.paste(tvf.to_pil_image(grid), (0, 20))
+    sheet = Image.new("RGB", (grid.shape[2], grid.shape[1] + 40), "white")
+    sheet.paste(tvf.to_pil_image(grid), (0, 40))
     for i, title in enumerate(columns):
         ImageDraw.Draw(sheet).text((4 + i * 162, 3), title, "black", ImageFont.load_default(13))
     write_aside(path, lambda aside: sheet.save(aside, "PNG"))
@@ -1096,6 +1116,171 @@ def check(args):
     print(f"no problem found; look at {path}")
 
 
+def load_run(path, device):
+    """A run folder or a checkpoint file -> (its contents, networks, the method's predict)."""
+    path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        method = {"supervised": "mean_teacher"}.get(state["method"], state["method"])
+        if not (method.isidentifier() and Path(__file__).with_name(f"{method}.py").exists()):
+            raise ValueError(f"made by {method}, which is not here")
+        module = importlib.import_module(method)
+        networks = module.build(state["channels"], state["classes"], state["width"])
+        networks = {k: networks[k].to(device) for k in state["networks"]}
+        for k, network in networks.items():
+            network.load_state_dict(state["networks"][k])
+    except Exception as error:  # torch.load raises a dozen types on damaged files
+        stop(f"{path} cannot be used ({type(error).__name__}: {str(error)[:200]}). Expected a run "
+             "folder, or its last.pt or best.pt.")
+    return state, networks, module.predict
+
+
+def predict_images(args):
+    """Segment images with a run's network: masks of class numbers at each image's size, overlays.
+
+    Files that cannot be read are named and skipped; the exit status is then 1.
+    """
+    state, networks, predict = load_run(args.run, args.device)
+    source = args.images / "images" if (args.images / "images").is_dir() else args.images
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    files = [path for path in files if path.suffix.lower() in ENDINGS and path.name[0] != "."]
+    if not files:
+        stop(f"--images {args.images}: no images there. Expected files {' '.join(ENDINGS)}")
+    twice = [name for name, n in Counter(path.stem for path in files).items() if n > 1]
+    if twice:
+        stop(f"--images: two files for {some(twice)}, and one mask each to write. Keep one.")
+    if args.network and args.network not in state["reported"]:
+        stop(f"--network {args.network}: the run has {', '.join(state['reported'])}.")
+    network, names = args.network or state["reported"][0], state["class_names"]
+    flips = [(), (2,), (3,), (2, 3)] if args.tta else [()]
+    size, mode, volumes, bad = state["size"], "RGB" if state["channels"] == 3 else "L", {}, []
+    for path in files:
+        volumes.setdefault(parse_name(path.stem)[1], []).append(path)
+    for part in ("masks", "overlays"):
+        (args.out / part).mkdir(parents=True, exist_ok=True)
+
+    def read():
+        for paths in volumes.values():
+            arrays = {}
+            for path in paths:
+                try:
+                    arrays[path] = read_pixels(path)
+                except Bad as error:
+                    bad.append(path)
+                    bar.write(f"skipped: {error}", sys.stderr)
+            for path, array in zip(arrays, scale_volume(list(arrays.values())), strict=True):
+                yield path.stem, Image.fromarray(array).convert(mode)
+
+    images = read()
+    with tqdm(total=len(files), desc="predicting", disable=None) as bar, evaluating(networks):
+        while chunk := list(itertools.islice(images, 16)):
+            x = [tvf.to_image(image.resize((size, size), Image.BILINEAR)) for _, image in chunk]
+            x = torch.stack(x).to(args.device) / 255
+            probs = sum(predict(networks, x.flip(f))[network].flip(f) for f in flips)
+            for (name, image), p in zip(chunk, probs, strict=True):
+                p = F.interpolate(p[None], image.size[::-1], mode="bilinear")
+                label = p.argmax(1)[0].to(torch.uint8).cpu()
+                Image.fromarray(label.numpy()).save(args.out / "masks" / f"{name}.png")
+                picture = tvf.to_pil_image(overlay(tvf.to_image(image) / 255, label))
+                height = image.height + 16 * len(names) - 16
+                sheet = Image.new("RGB", (max(image.width, 150), height))
+                sheet.paste(picture)
+                draw = ImageDraw.Draw(sheet)
+                for c, title in enumerate(names[1:]):
+                    y = image.height + 16 * c
+                    draw.rectangle((4, y + 3, 13, y + 12), COLORS[c % len(COLORS)])
+                    draw.text((18, y), title, "white", ImageFont.load_default(12))
+                sheet.save(args.out / "overlays" / f"{name}.png")
+                bar.update()
+    print(f"{len(files) - len(bad)} of {len(files)} images segmented by {network} of {args.run}, "
+          f"{state['method']} at step {state['step']}: {args.out}/masks and {args.out}/overlays")
+    if bad:
+        stop(f"{len(bad)} files could not be read: {some([p.name for p in bad])}", status=1)
+
+
+def compare(folders, out):
+    """A table of runs as Markdown and CSV, and a strip of test images; see the README."""
+    found, known, rows = [], {}, {}
+    for folder in map(Path, folders):
+        try:
+            results, split = (json.loads((folder / name).read_text())
+                              for name in ("results.json", "split.json"))
+        except (OSError, ValueError) as error:
+            stop(f"{folder} is not the folder of a finished run: {error}")
+        same = {results["dataset"]: split["val"] + split["test"],
+                (results["dataset"], results["labeled"]): split["hash"]}
+        for key, value in same.items():
+            first, expected = known.setdefault(key, (folder, value))
+            if value != expected:
+                stop(f"{folder} and {first} have different splits. Compare runs on the same units.")
+        found.append((folder, results))
+    options = [set(map(str, results["options"].items())) for _, results in found]
+    for folder, results in found:  # a row is named by the options that not all rows share
+        method = [results["method"], *(f"{k}={v}" for k, v in results["options"].items()
+                                       if not all(str((k, v)) in shared for shared in options))]
+        full = results["labeled"] == "100%"
+        order = results["dataset"], full, results["labeled"], method[0] != "supervised"
+        rows.setdefault((*order, " ".join(method)), {})[results["seed"]] = folder, results
+
+    def scores(runs):
+        """Dice (seeds, volumes, classes), NaN where undefined, in one order of volumes."""
+        heads = [r["networks"][r["headline"]["network"]]["last"] for _, r in runs.values()]
+        heads = [head["volumes"] for head in heads]
+        return np.array([[[(s or {"dice": np.nan})["dice"] for s in head[v].values()]
+                          for v in sorted(head)] for head in heads], float)
+
+    def dice(a, chosen):
+        """Mean over classes of the mean over chosen volumes (R, V), mean over seeds: (R,)."""
+        with np.errstate(invalid="ignore"):
+            known = ~np.isnan(a)[:, chosen]
+            return np.nanmean(np.nan_to_num(a)[:, chosen].sum(2) / known.sum(2), (0, 2))
+
+    table = [["dataset", "labelled", "method", "seeds", "Dice %", "Jaccard %", "HD95 px", "ASD px",
+              "gain in Dice (95% interval)"]]
+    for order, runs in sorted(rows.items()):
+        dataset, _, spec, _, method = order
+        values = np.array([[r["headline"][m] for m in METRICS] for _, r in runs.values()], float)
+        cells = [f"{m:.2f} ± {s:.2f}" if len(runs) > 1 else f"{m:.2f}" for m, s in
+                 zip(values.mean(0), values.std(0, ddof=len(runs) > 1), strict=True)]
+        base, gain = rows.get((*order[:3], False, "supervised")), ""
+        if base and order[3]:
+            a, b = scores(runs), scores(base)
+            chosen = np.random.default_rng(0).integers(a.shape[1], size=(2000, a.shape[1]))
+            low, high = np.percentile(dice(a, chosen) - dice(b, chosen), [2.5, 97.5])
+            every = np.arange(a.shape[1])[None]
+            gain = f"{(dice(a, every) - dice(b, every))[0]:+.2f} ({low:+.2f} to {high:+.2f})"
+        table.append([dataset, spec, method, " ".join(map(str, runs)), *cells, gain])
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines.insert(1, "|-" * len(table[0]) + "|")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "comparison.md").write_text("\n".join(lines) + "\n")
+    with open(out / "comparison.csv", "w", newline="") as file:
+        csv.writer(file).writerows(table)
+    print("\n".join(lines))
+    for dataset in {order[0] for order in rows}:
+        sheet = {}
+        for order, runs in sorted(rows.items()):
+            if order[0] == dataset:
+                folder, results = next(iter(runs.values()))
+                args = argparse.Namespace(**json.loads((folder / "args.json").read_text()))
+                args.device, args.options = "cpu", {}
+                if not sheet:
+                    data = Data(args)
+                    data.decode()
+                    volumes = list(data.volumes("test").values())
+                    chosen = [v[len(v) // 2] for v in volumes[::max(1, len(volumes) // 4)]][:4]
+                    x, y = data.load_images(chosen), data.load_labels(chosen)
+                    sheet = {"image": list(map(overlay, x, 0 * y))}
+                    sheet["truth"] = list(map(overlay, x, y))
+                state, networks, predict = load_run(folder, "cpu")
+                with evaluating(networks):
+                    labels = predict(networks, x)[state["reported"][0]].argmax(1)
+                title = f"{order[4]}\n{order[2]}, Dice {results['headline']['dice']:.1f}"
+                sheet[title] = list(map(overlay, x, labels))
+        save_sheet(out / f"{dataset}.png", sheet)
+    print(f"comparison.md, comparison.csv and a picture of each dataset are in {out}")
+
+
 def main(argv=None):
     command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command == "check":
@@ -1118,6 +1303,24 @@ def main(argv=None):
             (args.out / f"{part}.txt").write_text("\n".join(units) + "\n")
         print(f"{len(names)} images in {args.out}. Try:\n"
               f"python mean_teacher.py --data {args.out} --size {args.size} --labeled 10%")
+    elif command == "predict":
+        p = argparse.ArgumentParser("common.py predict", description=predict_images.__doc__)
+        add = p.add_argument
+        add("--run", required=True, metavar="RUN", help="a run folder, or its best.pt or last.pt")
+        add("--images", type=Path, required=True, metavar="PATH", help="a folder, or one image")
+        add("--out", type=Path, required=True, metavar="FOLDER", help="for masks and overlays")
+        add("--network", help="which network of the run (default: the one its paper deploys)")
+        add("--tta", action="store_true", help="mean over the image and its three mirror images")
+        add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a name")
+        args = p.parse_args(argv)
+        args.device = choose_device(args.device)
+        predict_images(args)
+    elif command == "compare":
+        p = argparse.ArgumentParser("common.py compare", description=compare.__doc__)
+        p.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+        p.add_argument("--out", type=Path, default="comparison", metavar="FOLDER")
+        args = p.parse_args(argv)
+        compare(args.runs, Path(args.out))
     else:
         print(__doc__)
         sys.exit(0 if command in ("-h", "--help") else 2)
