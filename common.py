@@ -172,8 +172,7 @@ def mask_scores(pred, truth, distances=True):
     """One class, bool arrays (2-D or 3-D) -> {dice, jaccard (%), hd95, asd (pixels)} or None.
 
     HD95 pools both directions' surface distances; ASD goes from prediction to truth. Both masks
-    empty: None, not scored. One empty: Dice and Jaccard 0, distances the image's diagonal (not 0,
-    which would make an empty prediction look perfect).
+    empty: None, not scored. One empty: Dice 0, distances the diagonal (0 would look perfect).
     """
     both, total = int((pred & truth).sum()), int(pred.sum()) + int(truth.sum())
     if total == 0:
@@ -206,11 +205,10 @@ def evaluating(networks):
 def evaluate(predict, networks, data, part, distances=True):
     """Score every network on all volumes of `part` ("val" or "test"): {network: summary}.
 
-    predict(networks, x) -> {name: probabilities (B, C, h, w)}, resized to the images' original size
-    before the argmax. A volume's slices are scored together, in 3-D. A summary: for each metric the
-    mean over foreground classes of the mean over volumes (None: undefined), its parts in "classes"
-    and "volumes"; in "empty", for each class, in how many volumes both masks were empty, the
-    prediction alone ("missed") or the truth alone ("false").
+    predict(networks, x) -> {name: probabilities (B, C, h, w)}, resized to the original size before
+    the argmax; a volume's slices are scored together, in 3-D. Summary: each metric's mean over the
+    foreground classes of its mean over volumes (None: undefined), with its parts; "empty": in how
+    many volumes both masks of a class, the prediction's ("missed") or the truth's ("false") were.
     """
     def mean(values):
         values = [v for v in values if v is not None]
@@ -226,16 +224,15 @@ def evaluate(predict, networks, data, part, distances=True):
                     labels.setdefault(name, []).append(probs.argmax(1).to(torch.uint8).cpu())
         for name, chunks in labels.items():
             pred = torch.cat(chunks).numpy()  # (D, H, W)
-            empty = {c: {"both": 0, "missed": 0, "false": 0} for c in names}
-            result = results.setdefault(name, {"classes": {}, "empty": empty, "volumes": {}})
+            result = results.setdefault(name, {"classes": {}, "empty": {}, "volumes": {}})
             scores = result["volumes"][volume] = {}
             for c in names:
                 a, b = pred == int(c), truth == int(c)
                 a, b = (a[0], b[0]) if len(b) == 1 else (a, b)  # one image is scored in 2-D
                 scores[c] = mask_scores(a, b, distances)
+                empty = result["empty"].setdefault(c, {"both": 0, "missed": 0, "false": 0})
                 if not (a.any() and b.any()):
-                    kind = "false" if a.any() else "missed" if b.any() else "both"
-                    result["empty"][c][kind] += 1
+                    empty["false" if a.any() else "missed" if b.any() else "both"] += 1
     for name, result in results.items():
         for c in names:
             scored = [scores[c] for scores in result["volumes"].values() if scores[c]]
@@ -256,12 +253,10 @@ def weak(x, *maps, flip=True):
         return [x, *maps]
     angle = (torch.rand(len(x), device=x.device) * 2 - 1) * math.radians(20)
     zoom = 1.25 ** (torch.rand(len(x), device=x.device) * 2 - 1)
-    mirror = torch.rand(len(x), 2, device=x.device) >= 0.5
-    sign_x, sign_y = (1 - 2.0 * (mirror & flip)).unbind(1)
-    cos, sin, zero = angle.cos() / zoom, angle.sin() / zoom, torch.zeros_like(angle)
-    rows = [cos * sign_x, -sin * sign_y, zero, sin * sign_x, cos * sign_y, zero]
-    theta = torch.stack(rows, 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    mirror = torch.rand(len(x), 1, 2, device=x.device) >= 0.5
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    theta = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2) * (1 - 2.0 * (mirror & flip))
+    grid = F.affine_grid(F.pad(theta, (0, 1)), list(x.shape), align_corners=False)
     out = [F.grid_sample(x, grid, align_corners=False)]
     for m in maps:
         moved = F.grid_sample(m[:, None].float(), grid, "nearest", align_corners=False)
@@ -492,8 +487,7 @@ def list_files(root):
         found = some(sorted(os.listdir(place))) or "nothing" if root.is_dir() else "no such folder"
         stop(f"--data: no {'folder ' * (place == root)}images in {place} (found: {found}). {layout}"
              f" Endings: {' '.join(ENDINGS)}")
-    orphans = [path.name for name, path in masks.items() if name not in images]
-    if orphans:
+    if orphans := [path.name for name, path in masks.items() if name not in images]:
         stop(f"{len(orphans)} masks have no image of their name: {some(orphans)}. Images are "
              f"{some(images)}. Rename or remove those masks. {layout}")
     order = sorted(images, key=lambda name: (*parse_name(name)[1:], name))
@@ -518,8 +512,7 @@ def choose_labeled(spec, units, names):
     """--labeled -> units: a file's, or the first of the (seeded) `units`, so 5% is inside 10%."""
     if Path(spec).is_file():
         chosen = read_ids(spec, names)
-        outside = sorted(set(chosen) - set(units))
-        if outside:
+        if outside := sorted(set(chosen) - set(units)):
             stop(f"--labeled {spec}: not training units with masks: {some(outside)}. Expected some "
                  f"of {some(sorted(units))}")
         return chosen
@@ -545,8 +538,7 @@ def make_split(names, masked, lists, labeled, split_seed):
         stop(f"all {len(names)} images belong to one patient, {units[0]}: nothing is left to test "
              "on. NAME_slice_03 means a slice of patient NAME; rename what is a separate image.")
     for a, b in itertools.combinations(lists, 2):
-        both = sorted(set(lists[a]) & set(lists[b]))
-        if both:
+        if both := sorted(set(lists[a]) & set(lists[b])):
             stop(f"{some(both)}: in {a}.txt and in {b}.txt. A patient may be in one list only.")
     listed = set().union(*lists.values())
     order = np.random.default_rng(split_seed).permutation(units).tolist()
@@ -607,7 +599,7 @@ def read_pixels(path, mask=False):
         if array.ndim < 2 or not array.size or array.shape[2:] not in ((), (1,), (3,), (4,)):
             raise ValueError(f"an array of shape {array.shape}; expected (H, W) or (H, W, 3)")
         if not np.isfinite(array).all():
-            raise ValueError("values that are not finite; expected numbers")
+            raise ValueError("values that are not finite")
     except Exception as error:  # Pillow and NumPy raise a dozen types on damaged files
         problem = f"{path.name}: cannot be used ({type(error).__name__}: {error})"
         raise ValueError(problem) from None
@@ -686,7 +678,7 @@ def decode(data, hidden):
     """Fill in a Data object's pixels, from the cache if it has them. Opens visible masks only."""
     shown = [i for part in ("labeled", "val", "test") for i in data.indices(part)]
     shown = list(np.flatnonzero(data.has_mask)) if hidden else shown
-    data.label_rows, first, volumes = {i: row for row, i in enumerate(shown)}, {}, {}
+    data.label_rows, first = {i: row for row, i in enumerate(shown)}, {}
 
     def read_images(paths):
         arrays = read_volume(paths)
@@ -697,11 +689,10 @@ def decode(data, hidden):
         return [Image.fromarray(array).convert("RGB" if colour else "L") for array in arrays]
 
     def read_label(i):
-        path, (h, w) = data.mask_files[i], data.sizes[i]
-        mask, kind = read_mask(path)
-        if mask.shape != (h, w):
-            found = "{} x {}".format(*mask.shape)
-            raise ValueError(f"{path.name}: {found} pixels, but its image has {h} x {w}")
+        mask, kind = read_mask(path := data.mask_files[i])
+        if mask.shape != data.sizes[i]:
+            found, expected = ("{} x {}".format(*shape) for shape in (mask.shape, data.sizes[i]))
+            raise ValueError(f"{path.name}: {found} pixels, but its image has {expected}")
         first.setdefault(kind, path.name)
         if "binary" in first and "classes" in first:
             stop(f"some masks are binary 0/255 ({first['binary']}), others hold class numbers "
@@ -713,9 +704,9 @@ def decode(data, hidden):
         data.sizes, data.labels = [masks.shape[1:]] * len(masks), masks[shown]
         data.truth, largest = masks.__getitem__, int(masks.max())
     else:
-        for path, volume in zip(data.image_files, data.volumes_of, strict=True):
-            volumes.setdefault(volume, []).append(path)
-        groups, files = list(volumes.values()), data.image_files
+        files = data.image_files  # sorted: a volume's slices stand together
+        groups = itertools.groupby(files, lambda path: parse_name(path.stem)[1])
+        groups = [list(paths) for _, paths in groups]
         data.images, facts = cached(data.args, "images", files, groups, read_images, Image.BILINEAR)
         data.sizes = [(h, w) for h, w, _ in facts]
         files = [path for i in shown for path in (data.image_files[i], data.mask_files[i])]
@@ -749,11 +740,10 @@ def phantom(size, patients=48, seed=0):
         return np.asarray(coarse.resize((size, size), Image.BICUBIC))
 
     for patient in range(patients):
-        cx, cy, turn = *rng.uniform(-0.2, 0.2, 2), rng.uniform(-0.6, 0.6)
-        radius, wall = rng.uniform(0.24, 0.36), rng.uniform(0.09, 0.15)
-        aspect, blood = rng.uniform(0.8, 1.25), rng.uniform(0.6, 0.95)
-        muscle, fat = rng.uniform(0.25, 0.5), rng.uniform(0.1, 0.8)
-        gamma, slope = rng.uniform(0.6, 1.6), rng.normal(size=2) * 0.25
+        cx, cy, turn, radius, wall, aspect, blood, muscle, fat, gamma = rng.uniform(
+            [-0.2, -0.2, -0.6, 0.24, 0.09, 0.8, 0.6, 0.25, 0.1, 0.6],
+            [0.2, 0.2, 0.6, 0.36, 0.15, 1.25, 0.95, 0.5, 0.8, 1.6]).tolist()
+        slope = rng.normal(size=2) * 0.25
         blobs = [(*rng.uniform(-0.9, 0.9, 2), *rng.uniform(0.08, 0.25, 2), rng.uniform(0.1, 0.95))
                  for _ in range(7)]
         u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) * aspect
@@ -875,8 +865,8 @@ class Run:
             self.first_step, self.best, self.count = state["step"], state["best"], state["count"]
             self.sums = {k: v.to(args.device) for k, v in state["sums"].items()}
         if args.resume:
-            what = "continuing at" if self.first_step else "no checkpoint yet, starting at"
-            print(f"--resume: {what} step {self.first_step}")
+            what = "continuing" if self.first_step else "no checkpoint yet, starting"
+            print(f"--resume: {what} at step {self.first_step}")
         if log.exists():  # cut the rows after the checkpoint, a half-written one included
             header, *rows = log.read_text().splitlines(keepends=True) or [""]
             rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= self.first_step]
@@ -1008,11 +998,11 @@ def save_sheet(path, columns):
     rows = zip(*columns.values(), strict=True)
     tiles = [F.interpolate(tile[None], (160, 160))[0] for row in rows for tile in row]
     grid = make_grid(tiles, nrow=len(columns), pad_value=255)
-    sheet = Image.new("RGB", (grid.shape[2], grid.shape[1] + 20), "white")
-    sheet.paste(tvf.to_pil_image(grid), (0, 20))
+    sheet = tvf.to_pil_image(F.pad(grid, (0, 0, 20, 0), value=255))
     for i, title in enumerate(columns):
         ImageDraw.Draw(sheet).text((4 + i * 162, 3), title, "black", ImageFont.load_default(13))
-    write_aside(path, lambda aside: sheet.save(aside, "PNG"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
 
 
 def save_preview(run):
@@ -1026,11 +1016,11 @@ def save_preview(run):
         columns |= run.pictures(run.networks, x)
     for title, column in columns.items():
         images, labels = column if isinstance(column, tuple) else (x, column)
-        if labels.dim() == 3 and not labels.is_floating_point():
-            sheet[title] = list(map(overlay, images.cpu(), labels.cpu()))
-        else:  # images, or heat between 0 and its largest value
-            heat = labels[:, None] / labels.amax().clamp_min(1e-8) if labels.dim() == 3 else labels
-            sheet[title] = list((heat.cpu().expand(-1, 3, -1, -1) * 255).byte())
+        if labels.dim() == 3 and labels.is_floating_point():  # heat, from 0 to its largest value
+            labels = labels[:, None] / labels.amax().clamp_min(1e-8)
+        if labels.dim() == 4:  # images
+            images, labels = labels, torch.zeros_like(labels[:, 0], dtype=torch.long)
+        sheet[title] = list(map(overlay, images.cpu(), labels.cpu()))
     save_sheet(run.folder / "preview.png", sheet)
 
 
@@ -1038,9 +1028,8 @@ def check(args):
     """The data doctor: everything about a dataset that a run depends on. Reads hidden masks too."""
     data = Data(args)
     data.decode(hidden=True)
-    names, labels, counts = data.names, data.labels, np.zeros(256, int)
-    for mask in labels:
-        counts += np.bincount(mask.ravel(), minlength=256)
+    names, labels = data.names, data.labels
+    counts = sum(np.bincount(mask.ravel(), minlength=256) for mask in labels)
     print(f"{data.name}: {len(names)} images, {len(labels)} with masks, {len(set(data.units))} "
           f"units (patients or images), {len(set(data.volumes_of))} volumes")
     for i in sorted({0, len(names) // 2, len(names) - 1}):
@@ -1054,7 +1043,6 @@ def check(args):
     chosen = data.indices("labeled")[::max(1, len(data.indices("labeled")) // 6)][:6]
     x, y = data.load_images(chosen).cpu(), data.load_labels(chosen).cpu()
     path = Path(args.out) / data.name / "check.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_sheet(path, {"image": list(map(overlay, x, 0 * y)), "mask": list(map(overlay, x, y))})
     print(f"no problem found; look at {path}")
 
