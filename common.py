@@ -143,35 +143,34 @@ METRICS = ("dice", "jaccard", "hd95", "asd")
 
 
 def surface_points(mask):
-    """Pixels of a bool mask, 2-D or 3-D, that touch the outside by a face: (N, 2 or 3) numbers."""
-    padded, inner = np.pad(mask, 1), mask.copy()
+    """Pixels of a bool mask (H, W) or (D, H, W) touching the outside by a face: (N, 3) z, y, x."""
+    padded = np.pad(mask, 1)
+    inner = padded.copy()
     for axis in range(mask.ndim):
-        for shift in (-1, 1):
-            inner &= np.roll(padded, shift, axis)[(slice(1, -1),) * mask.ndim]
-    return np.argwhere(mask & ~inner)
+        inner &= np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
+    return np.argwhere((padded & ~inner).reshape(-1, *padded.shape[-2:]))
 
 
 def distances_to(target, points):
-    """Euclidean distance from each point (N, 2 or 3) to the nearest of the target points: (N,).
+    """Euclidean distance from each of the points (N, 3) to the nearest of the target points: (N,).
 
-    Exact, an axis at a time (Felzenszwalb & Huttenlocher 2012): squared distances along the first
-    by two scans, in 3-D along the second for all pixels, along the last at the points alone.
+    Exact, an axis at a time (Felzenszwalb & Huttenlocher 2012): squared distances within columns,
+    then across slices, then along the rows of the points alone.
     """
-    shape = np.maximum(target.max(0), points.max(0)) + 1
-    mask = np.zeros(shape, bool)
+    low = np.minimum(target.min(0), points.min(0))
+    target, points = target - low, points - low
+    mask = np.zeros(np.maximum(target.max(0), points.max(0)) + 1, bool)  # the common box (D, H, W)
     mask[tuple(target.T)] = True
-    first = np.arange(shape[0]).reshape(-1, *[1] * (mask.ndim - 1))
-    above = np.maximum.accumulate(np.where(mask, first, -np.inf))
-    below = np.minimum.accumulate(np.where(mask, first, np.inf)[::-1])[::-1]
-    squares = np.minimum(first - above, below - first) ** 2
-    if mask.ndim == 3:
-        second, columns = np.arange(shape[1])[:, None], squares
-        for k in range(shape[1]):
-            squares = np.minimum(squares, columns[:, k:k + 1] + (second - k) ** 2)
+    z, y, x = np.ogrid[tuple(map(slice, mask.shape))]
+    above = np.maximum.accumulate(np.where(mask, y, -np.inf), 1)
+    below = np.minimum.accumulate(np.where(mask, y, np.inf)[:, ::-1], 1)[:, ::-1]
+    columns = np.minimum(y - above, below - y) ** 2
+    squares = np.full(mask.shape, np.inf)
+    for k, column in enumerate(columns):
+        squares = np.minimum(squares, column + (z - k) ** 2)
     nearest = []
-    for p in np.array_split(points, 1 + len(points) * shape[-1] // 2**22):  # bounded memory
-        rows = squares[tuple(p.T[:-1])] + (p[:, -1:] - np.arange(shape[-1])) ** 2
-        nearest.append(rows.min(1))
+    for p in np.array_split(points, 1 + len(points) * x.size // 2**22):  # bounded memory
+        nearest.append((squares[p[:, 0], p[:, 1]] + (p[:, 2:] - x[0]) ** 2).min(1))
     return np.sqrt(np.concatenate(nearest))
 
 
@@ -179,8 +178,7 @@ def mask_scores(pred, truth, distances=True):
     """One class, bool arrays (2-D or 3-D) -> {dice, jaccard (%), hd95, asd (pixels)} or None.
 
     HD95 pools both directions' surface distances; ASD goes from prediction to truth. Both masks
-    empty: None, not scored. One empty: Dice and Jaccard 0, distances the image's diagonal (not 0,
-    which would make an empty prediction look perfect).
+    empty: None, not scored. One empty: Dice 0, distances the diagonal (0 would look perfect).
     """
     both, total = int((pred & truth).sum()), int(pred.sum()) + int(truth.sum())
     if total == 0:
@@ -188,8 +186,6 @@ def mask_scores(pred, truth, distances=True):
     scores = {"dice": 200 * both / total, "jaccard": 100 * both / (total - both)}
     if distances and pred.any() and truth.any():
         a, b = surface_points(pred), surface_points(truth)
-        corner = np.minimum(a.min(0), b.min(0))  # the work is in the masks' common box
-        a, b = a - corner, b - corner
         to_truth, to_pred = distances_to(b, a), distances_to(a, b)
         scores["hd95"] = float(np.percentile(np.concatenate([to_truth, to_pred]), 95))
         scores["asd"] = float(to_truth.mean())
@@ -201,29 +197,30 @@ def mask_scores(pred, truth, distances=True):
 @contextlib.contextmanager
 def evaluating(networks):
     """All networks in evaluation mode and without gradients; afterwards each as it was."""
-    modes = [(network, network.training) for network in networks.values()]
-    for network, _ in modes:
-        network.eval()
-    with torch.no_grad():
-        yield
-    for network, training in modes:
-        network.train(training)
+    modes = {network: network.training for network in networks.values()}
+    try:
+        with torch.no_grad():
+            for network in modes:
+                network.eval()
+            yield
+    finally:
+        for network, training in modes.items():
+            network.train(training)
 
 
 def evaluate(predict, networks, data, part, distances=True):
     """Score every network on all volumes of `part` ("val" or "test"): {network: summary}.
 
-    predict(networks, x) -> {name: probabilities (B, C, h, w)}, resized to the images' original size
-    before the argmax. A volume's slices are scored together, in 3-D. A summary: for each metric the
-    mean over foreground classes of the mean over volumes (None: undefined), its parts in "classes"
-    and "volumes"; in "empty", for each class, in how many volumes both masks were empty, the
-    prediction alone ("missed") or the truth alone ("false").
+    predict(networks, x) -> {name: probabilities (B, C, h, w)}, resized to the original size before
+    the argmax; a volume's slices are scored together, in 3-D. Summary: each metric's mean over the
+    foreground classes of its mean over volumes (None: undefined), with its parts; "empty": in how
+    many volumes both masks of a class, the prediction's ("missed") or the truth's ("false") were.
     """
     def mean(values):
         values = [v for v in values if v is not None]
         return sum(values) / len(values) if values else None
 
-    summaries, names = {}, [str(c) for c in range(1, data.classes)]
+    results, names = {}, [str(c) for c in range(1, data.classes)]
     for volume, indices in data.volumes(part).items():
         truth, labels = np.stack([data.truth(i) for i in indices]), {}  # (D, H, W)
         with evaluating(networks):
@@ -233,23 +230,22 @@ def evaluate(predict, networks, data, part, distances=True):
                     labels.setdefault(name, []).append(probs.argmax(1).to(torch.uint8).cpu())
         for name, chunks in labels.items():
             pred = torch.cat(chunks).numpy()  # (D, H, W)
-            empty = {c: {"both": 0, "missed": 0, "false": 0} for c in names}
-            summary = summaries.setdefault(name, {"classes": {}, "empty": empty, "volumes": {}})
-            scores = summary["volumes"][volume] = {}
+            result = results.setdefault(name, {"classes": {}, "empty": {}, "volumes": {}})
+            scores = result["volumes"][volume] = {}
             for c in names:
                 a, b = pred == int(c), truth == int(c)
                 a, b = (a[0], b[0]) if len(b) == 1 else (a, b)  # one image is scored in 2-D
                 scores[c] = mask_scores(a, b, distances)
+                empty = result["empty"].setdefault(c, {"both": 0, "missed": 0, "false": 0})
                 if not (a.any() and b.any()):
-                    kind = "false" if a.any() else "missed" if b.any() else "both"
-                    summary["empty"][c][kind] += 1
-    for name, summary in summaries.items():
+                    empty["false" if a.any() else "missed" if b.any() else "both"] += 1
+    for name, result in results.items():
         for c in names:
-            scored = [scores[c] for scores in summary["volumes"].values() if scores[c]]
-            summary["classes"][c] = {m: mean(scores.get(m) for scores in scored) for m in METRICS}
-        means = {m: mean(s[m] for s in summary["classes"].values()) for m in METRICS}
-        summaries[name] = {**means, **summary}
-    return summaries
+            scored = [scores[c] for scores in result["volumes"].values() if scores[c]]
+            result["classes"][c] = {m: mean(scores.get(m) for scores in scored) for m in METRICS}
+        means = {m: mean(s[m] for s in result["classes"].values()) for m in METRICS}
+        results[name] = {**means, **result}
+    return results
 
 
 # --- Augmentation: on the device, for a whole batch, drawn for each image -------------------------
@@ -263,12 +259,10 @@ def weak(x, *maps, flip=True):
         return [x, *maps]
     angle = (torch.rand(len(x), device=x.device) * 2 - 1) * math.radians(20)
     zoom = 1.25 ** (torch.rand(len(x), device=x.device) * 2 - 1)
-    mirror = torch.rand(len(x), 2, device=x.device) >= 0.5
-    sign_x, sign_y = (1 - 2.0 * (mirror & flip)).unbind(1)
-    cos, sin, zero = angle.cos() / zoom, angle.sin() / zoom, torch.zeros_like(angle)
-    rows = [cos * sign_x, -sin * sign_y, zero, sin * sign_x, cos * sign_y, zero]
-    theta = torch.stack(rows, 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    mirror = torch.rand(len(x), 1, 2, device=x.device) >= 0.5
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    theta = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2) * (1 - 2.0 * (mirror & flip))
+    grid = F.affine_grid(F.pad(theta, (0, 1)), list(x.shape), align_corners=False)
     out = [F.grid_sample(x, grid, align_corners=False)]
     for m in maps:
         moved = F.grid_sample(m[:, None].float(), grid, "nearest", align_corners=False)
@@ -332,9 +326,8 @@ class Data:
     """A dataset: the split, decoded images at --size, masks where training may see them, batches.
 
     names[i] is image i, units[i] its patient (or itself), volumes_of[i] its volume; split is
-    {"labeled": units, "unlabeled": units, "val": units, "test": units}. decode() adds channels,
-    classes, images (N, channels, S, S) uint8 and truth(i), mask i (H, W) uint8 at its own size. It
-    opens labelled, validation and test masks; call truth for others only to show hidden masks.
+    {"labeled": units, "unlabeled": ..., "val": ..., "test": ...}. decode() adds channels, classes,
+    images (N, channels, S, S) uint8 and truth(i), mask i (H, W) uint8 at its own size.
     """
 
     def __init__(self, args):
@@ -345,9 +338,9 @@ class Data:
         unlabeled = self.indices("unlabeled") or self.indices("labeled")
         self.unlabeled = Shuffled(unlabeled, args.seed + 1)
 
-    def decode(self):
-        """Read images and visible masks, or find them in the cache; a Run does it first."""
-        decode(self)
+    def decode(self, hidden=False):
+        """Read the images and the labelled, validation, test masks; `hidden`: all masks."""
+        decode(self, hidden)
 
     def indices(self, part):
         """Image numbers of a part; a labelled patient's slices without masks are unlabelled."""
@@ -491,26 +484,23 @@ def parse_name(name):
     return (match["patient"], match["volume"], int(match["slice"])) if match else (name, name, -1)
 
 
-def scan(root):
+def list_files(root):
     """A dataset folder -> ({name: image path} by volume and slice, {name: mask path})."""
     layout = "Expected PATH/images/NAME.png and PATH/masks/NAME.png; see README, Your own data."
-    files = {"images": {}, "masks": {}}
-    for part, paths in files.items():
-        for path in sorted((root / part).iterdir()) if (root / part).is_dir() else ():
-            name = MASK_SUFFIX.sub("", path.stem) if part == "masks" else path.stem
+    images, masks = {}, {}
+    for folder, files in ((root / "images", images), (root / "masks", masks)):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            name = MASK_SUFFIX.sub("", path.stem) if files is masks else path.stem
             if path.suffix.lower() in ENDINGS and not name.startswith("."):
-                other = paths.setdefault(name, path)
+                other = files.setdefault(name, path)
                 if other != path:
-                    stop(f"two files for {name}: {other.name} and {path.name} in {part}. Keep one.")
-    images, masks = files.values()
+                    stop(f"two files for {name}: {other.name} and {path.name}. Keep one.")
     if not images:
-        inner = (root / "images").is_dir()
-        place = root / "images" if inner else root
+        place = root / "images" if (root / "images").is_dir() else root
         found = some(sorted(os.listdir(place))) or "nothing" if root.is_dir() else "no such folder"
-        stop(f"--data: no {'images' if inner else 'folder images'} in {place} (found: {found}). "
-             f"{layout} Endings: {' '.join(ENDINGS)}")
-    orphans = [path.name for name, path in masks.items() if name not in images]
-    if orphans:
+        stop(f"--data: no {'folder ' * (place == root)}images in {place} (found: {found}). {layout}"
+             f" Endings: {' '.join(ENDINGS)}")
+    if orphans := [path.name for name, path in masks.items() if name not in images]:
         stop(f"{len(orphans)} masks have no image of their name: {some(orphans)}. Images are "
              f"{some(images)}. Rename or remove those masks. {layout}")
     order = sorted(images, key=lambda name: (*parse_name(name)[1:], name))
@@ -535,8 +525,7 @@ def choose_labeled(spec, units, names):
     """--labeled -> units: a file's, or the first of the (seeded) `units`, so 5% is inside 10%."""
     if Path(spec).is_file():
         chosen = read_ids(spec, names)
-        outside = sorted(set(chosen) - set(units))
-        if outside:
+        if outside := sorted(set(chosen) - set(units)):
             stop(f"--labeled {spec}: not training units with masks: {some(outside)}. Expected some "
                  f"of {some(sorted(units))}")
         return chosen
@@ -562,45 +551,44 @@ def make_split(names, masked, lists, labeled, split_seed):
         stop(f"all {len(names)} images belong to one patient, {units[0]}: nothing is left to test "
              "on. NAME_slice_03 means a slice of patient NAME; rename what is a separate image.")
     for a, b in itertools.combinations(lists, 2):
-        both = sorted(set(lists[a]) & set(lists[b]))
-        if both:
+        if both := sorted(set(lists[a]) & set(lists[b])):
             stop(f"{some(both)}: in {a}.txt and in {b}.txt. A patient may be in one list only.")
-    listed = set(itertools.chain(*lists.values()))
-    order = [units[i] for i in np.random.default_rng(split_seed).permutation(len(units))]
-    free, split = [u for u in order if u in with_mask and u not in listed], {}
+    listed = set().union(*lists.values())
+    order = np.random.default_rng(split_seed).permutation(units).tolist()
+    free, split = [u for u in order if u in with_mask - listed], {}
     for part, share in (("val", 0.1), ("test", 0.2)):
         count = 0 if part in lists else max(1, round(share * len(with_mask)))
-        split[part], free = sorted(lists.get(part) or free[:count]), free[count:]
+        split[part], free = sorted(lists.get(part, free[:count])), free[count:]
     train = set(lists.get("train", free)) | set(units) - with_mask - listed
-    train_masked = [unit for unit in order if unit in train and unit in with_mask]
-    parts = {"validation": split["val"], "test": split["test"], "training": train_masked}
+    candidates = [unit for unit in order if unit in train & with_mask]
+    parts = {"validation": split["val"], "test": split["test"], "training": candidates}
     for part, found in parts.items():
         if not with_mask & set(found):
             stop(f"no {part} units with masks are left: {len(with_mask)} units have masks, "
                  f"{len(listed)} are in lists. Annotate more, or change the lists: each needs one.")
     if labeled is None and len(with_mask) == len(units):
         stop("--labeled is needed, since all images have masks: 10%, 7 units, or a file of ids.")
-    split["labeled"] = choose_labeled(labeled or "100%", train_masked, names)
+    split["labeled"] = choose_labeled(labeled or "100%", candidates, names)
     split["unlabeled"] = sorted(train - set(split["labeled"]))
     return split
 
 
 def find_files(data, args):
     """Fill in a Data object's names, files and split, without opening an image."""
+    root, data.phantom, lists = Path(args.data), None, {}
     if args.data == "phantom":
         args.labeled = args.labeled or "10%"
         names, *data.phantom, lists = phantom(args.size)
-        data.name, masks = "phantom", set(names)
+        images = masks = dict.fromkeys(names)
     else:
-        root, data.phantom = Path(args.data), None
-        images, masks = scan(root)
-        names, data.name = list(images), root.resolve().name
-        data.image_files, data.mask_files = list(images.values()), [masks.get(n) for n in names]
-        lists = {part: read_ids(root / f"{part}.txt", names) for part in ("train", "val", "test")
-                 if (root / f"{part}.txt").is_file()}
-    data.names, data.has_mask = names, [name in masks for name in names]
-    data.units, data.volumes_of, _ = zip(*map(parse_name, names), strict=True)
-    data.split = make_split(names, masks, lists, args.labeled, args.split_seed)
+        images, masks = list_files(root)
+        for part in ("train", "val", "test"):
+            if (root / f"{part}.txt").is_file():
+                lists[part] = read_ids(root / f"{part}.txt", images)
+    data.name, data.names, data.image_files = root.resolve().name, list(images), [*images.values()]
+    data.has_mask, data.mask_files = [n in masks for n in images], [masks.get(n) for n in images]
+    data.units, data.volumes_of, _ = zip(*map(parse_name, images), strict=True)
+    data.split = make_split(images, masks, lists, args.labeled, args.split_seed)
     args.labeled = args.labeled or "100%"
     text = json.dumps(data.split, sort_keys=True)
     data.split_hash = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -608,33 +596,27 @@ def find_files(data, args):
 
 # --- Decoding, once -------------------------------------------------------------------------------
 
-class Bad(Exception):
-    """A file that cannot be used, and why."""
-
-
 def read_pixels(path, mask=False):
     """(H, W) or (H, W, 3) as stored; of palettes the colours, in masks (if not 0/255) indices."""
     try:
         if path.suffix.lower() == ".npy":
-            array = np.load(path, allow_pickle=False)
+            array = np.load(path)
         else:
             with Image.open(path) as image:
                 if getattr(image, "n_frames", 1) > 1:
                     raise ValueError(f"{image.n_frames} pages in a file; expected one file a slice")
-                grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
-                mode = image.mode if grey else "L" if image.mode == "LA" else "RGB"
-                array, palette = np.asarray(image.convert(mode)), mask and image.mode == "P"
-                if palette and (np.ptp(array, 2).any() or {*np.unique(array)} - {0, 255}):
+                grey = "L" if image.mode in ("1", "L", "LA") else "RGB"
+                array = np.asarray(image.convert(image.mode if image.mode[0] in "IF" else grey))
+                if mask and image.mode == "P" and (np.ptp(array, 2).any() or (array % 255).any()):
                     array = np.asarray(image)
-        array = array[..., 0] if array.shape[2:] == (1,) else array
-        if array.ndim not in (2, 3) or not array.size or array.shape[2:] not in ((), (3,), (4,)):
+        if array.ndim < 2 or not array.size or array.shape[2:] not in ((), (1,), (3,), (4,)):
             raise ValueError(f"an array of shape {array.shape}; expected (H, W) or (H, W, 3)")
-        if array.dtype.kind not in "buif" or not np.isfinite(array).all():
-            raise ValueError(f"values of type {array.dtype} or not finite; expected numbers")
+        if not np.isfinite(array).all():
+            raise ValueError("values that are not finite")
     except Exception as error:  # Pillow and NumPy raise a dozen types on damaged files
-        raise Bad(f"{path.name}: cannot be used ({type(error).__name__}: {error})") from None
-    array = array[..., :3] if array.ndim == 3 else array
-    return array.astype(np.uint8) * 255 if array.dtype == bool else array
+        problem = f"{path.name}: cannot be used ({type(error).__name__}: {error})"
+        raise ValueError(problem) from None
+    return array if array.ndim == 2 else array[..., 0] if array.shape[2] == 1 else array[..., :3]
 
 
 def scale_volume(arrays):
@@ -651,108 +633,98 @@ def read_mask(path):
     """A mask -> class numbers (H, W) uint8 and "binary" (0/255, cut at 127), "classes", "empty"."""
     array, lossy = read_pixels(path, mask=True), path.suffix.lower() in (".jpg", ".jpeg")
     if array.ndim == 3 and np.ptp(array, 2).any() and not lossy:
-        raise Bad(f"{path.name}: a mask in colours; expected class numbers, or 0 and 255")
+        raise ValueError(f"{path.name}: a mask in colours; expected class numbers, or 0 and 255")
     array = array[..., 0] if array.ndim == 3 else array
     values = np.unique(array)
     near_ends = (values <= MAX_CLASS) | (values >= 255 - MAX_CLASS)
     if lossy or (MAX_CLASS < values[-1] <= 255 and near_ends.all()):
         return (array > 127).astype(np.uint8), "binary" if values[-1] > 127 else "empty"
     if values[0] < 0 or values[-1] > MAX_CLASS or (values % 1).any():
-        found = some([f"{v:g}" for v in values])
-        raise Bad(f"{path.name}: mask values {found}; expected class numbers 0, 1, 2, ... "
-                  f"up to {MAX_CLASS}, or 0 and 255")
+        raise ValueError(f"{path.name}: mask values {some([f'{v:g}' for v in values])}; expected "
+                         f"class numbers 0, 1, 2, ... up to {MAX_CLASS}, or 0 and 255")
     return array.astype(np.uint8), "classes" if values[-1] else "empty"
 
 
-def read_each(items, read, what):
-    """Yield read(item), with a progress bar. Bad files stop the run, after all were read."""
-    bad = []
-    for item in tqdm(items, f"decoding {what}", leave=False, disable=None):
-        try:
-            yield read(item)
-        except Bad as error:
-            bad.append(str(error))
+def write_pictures(folder, what, groups, read, side, resample):
+    """Resize the PIL images read(group) of all groups into folder; name the bad files together."""
+    facts, bad = [], []
+    with open(folder / "pixels", "wb") as file:
+        for group in tqdm(groups, f"decoding {what}", leave=False, disable=None):
+            try:
+                for picture in read(group):
+                    array = np.atleast_3d(picture.resize((side, side), resample))
+                    file.write(array.transpose(2, 0, 1).tobytes())
+                    facts.append((picture.height, picture.width, int(np.max(picture))))
+            except ValueError as error:
+                bad.append(str(error))
     if bad:
-        listed = "\n  ".join([*bad[:10], "..."] if len(bad) > 10 else bad)
+        listed = "\n  ".join(bad[:10] + ["..."] * (len(bad) > 10))
         stop(f"{len(bad)} bad files among the {what}; mend or remove them:\n  {listed}")
+    (folder / "facts.json").write_text(json.dumps(facts))
 
 
-def cached(root, key, build):
-    """The folder root/<hash of key>, filled once by build(folder), aside and then renamed."""
-    folder = Path(root) / hashlib.sha256(repr(("v3", key)).encode()).hexdigest()[:20]
+def cached(args, what, files, groups, read, resample):
+    """All pictures at --size (N, channels, S, S) uint8, memory-mapped, and their (H, W, maximum).
+
+    The cache folder is named after the files' names, sizes and times, built aside and renamed.
+    """
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(repr(("v4", what, args.size, stats)).encode()).hexdigest()[:20]
+    root, folder = Path(args.cache), Path(args.cache, key)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         if not folder.exists():
-            with tempfile.TemporaryDirectory(prefix="building-", dir=root) as aside:
-                new = Path(aside, "new")
-                new.mkdir()
-                build(new)
+            with tempfile.TemporaryDirectory("", "building-", root, True) as aside:
+                write_pictures(Path(aside), what, groups, read, args.size, resample)
                 with contextlib.suppress(OSError):  # another run was faster, its folder is as good
-                    new.rename(folder)
-        folder.stat()  # OSError if the folder is not there
+                    os.rename(aside, folder)
+        facts = json.loads((folder / "facts.json").read_text())
+        pixels = np.memmap(folder / "pixels", np.uint8, "r")
     except OSError as error:
-        stop(f"the cache of decoded images, {root}, cannot be written ({error}). Choose another "
-             "with --cache FOLDER, or free some space.")
-    return folder
+        stop(f"the cache of decoded images, {root}, cannot be used ({error}). Choose another with "
+             "--cache FOLDER, or free some space.")
+    return pixels.reshape(len(facts), -1, args.size, args.size), facts
 
 
-def decode(data):
+def decode(data, hidden):
     """Fill in a Data object's pixels, from the cache if it has them. Opens visible masks only."""
-    visible = [i for part in ("labeled", "val", "test") for i in data.indices(part)]
-    data.label_rows = {i: row for row, i in enumerate(visible)}
-    size, kinds, colour, volumes = data.args.size, {}, [], {}
+    shown = [i for part in ("labeled", "val", "test") for i in data.indices(part)]
+    shown = list(np.flatnonzero(data.has_mask)) if hidden else shown
+    data.label_rows, first = {i: row for row, i in enumerate(shown)}, {}
 
     def read_images(paths):
         arrays = scale_volume([read_pixels(path) for path in paths])
+        colour = first.setdefault("colour", arrays[0].ndim == 3)
         for path, array in zip(paths, arrays, strict=True):
-            colour.append(array.ndim == 3)
-            if colour[-1] and not colour[0]:
-                raise Bad(f"{path.name}: in colour, the first image is grey; save all alike")
-        return [Image.fromarray(array).convert("RGB" if colour[0] else "L") for array in arrays]
+            if array.ndim == 3 and not colour:
+                raise ValueError(f"{path.name}: in colour, the first image is grey; save all alike")
+        return [Image.fromarray(array).convert("RGB" if colour else "L") for array in arrays]
 
     def read_label(i):
-        path, (h, w) = data.mask_files[i], data.sizes[i]
-        mask, kind = read_mask(path)
-        if mask.shape != (h, w):
-            found = "{} x {}".format(*mask.shape)
-            raise Bad(f"{path.name}: {found} pixels, but its image has {h} x {w}")
-        kinds.setdefault(kind, path.name)
+        mask, kind = read_mask(path := data.mask_files[i])
+        if mask.shape != data.sizes[i]:
+            found, expected = ("{} x {}".format(*shape) for shape in (mask.shape, data.sizes[i]))
+            raise ValueError(f"{path.name}: {found} pixels, but its image has {expected}")
+        first.setdefault(kind, path.name)
+        if "binary" in first and "classes" in first:
+            stop(f"some masks are binary 0/255 ({first['binary']}), others hold class numbers "
+                 f"({first['classes']}). Write all of them in one of the two ways.")
         return [Image.fromarray(mask)]
-
-    def entry(what, items, read, resample, files):
-        """All items' pictures, resized, (N, channels, S, S); their sizes; their largest value."""
-        def build(folder):
-            sizes, largest = [], 0
-            with open(folder / "array.u8", "wb") as file:
-                for picture in itertools.chain.from_iterable(read_each(items, read, what)):
-                    array = np.atleast_3d(picture.resize((size, size), resample))
-                    file.write(array.transpose(2, 0, 1).tobytes())
-                    sizes.append((picture.height, picture.width))
-                    largest = max(largest, int(np.max(picture)))
-            if "binary" in kinds and "classes" in kinds:
-                stop(f"some masks are binary 0/255 ({kinds['binary']}), others hold class numbers "
-                     f"({kinds['classes']}). Write all of them in one of the two ways.")
-            meta = (len(sizes), array.shape[2], size, size), sizes, largest
-            (folder / "meta.json").write_text(json.dumps(meta))
-
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        folder = cached(data.args.cache, (what, size, data.names, stats), build)
-        shape, sizes, largest = json.loads((folder / "meta.json").read_text())
-        array = np.memmap(folder / "array.u8", np.uint8, "r", shape=tuple(shape))
-        return array, list(map(tuple, sizes)), largest
 
     if data.phantom:
         data.images, masks = data.phantom
-        data.sizes, data.labels = [masks.shape[1:]] * len(masks), masks[visible]
+        data.sizes, data.labels = [masks.shape[1:]] * len(masks), masks[shown]
         data.truth, largest = masks.__getitem__, int(masks.max())
     else:
-        for path, volume in zip(data.image_files, data.volumes_of, strict=True):
-            volumes.setdefault(volume, []).append(path)
-        items, files = list(volumes.values()), data.image_files
-        data.images, data.sizes, _ = entry("images", items, read_images, Image.BILINEAR, files)
-        files = [path for i in visible for path in (data.image_files[i], data.mask_files[i])]
-        labels, _, largest = entry("masks", visible, read_label, Image.NEAREST, files)
-        data.labels, data.truth = labels[:, 0], lambda i: read_mask(data.mask_files[i])[0]
+        files = data.image_files  # sorted: a volume's slices stand together
+        groups = itertools.groupby(files, lambda path: parse_name(path.stem)[1])
+        groups = [list(paths) for _, paths in groups]
+        data.images, facts = cached(data.args, "images", files, groups, read_images, Image.BILINEAR)
+        data.sizes = [(h, w) for h, w, _ in facts]
+        files = [path for i in shown for path in (data.image_files[i], data.mask_files[i])]
+        labels, facts = cached(data.args, "masks", files, shown, read_label, Image.NEAREST)
+        data.labels, largest = labels[:, 0], max(fact[2] for fact in facts)
+        data.truth = lambda i: read_mask(data.mask_files[i])[0]
     data.channels, data.classes = data.images.shape[1], data.args.classes or largest + 1
     known = Path(data.args.data, "classes.txt")  # names for people, one a line, background first
     named = known.read_text("utf-8", "replace").split("\n") if known.is_file() else ["background"]
@@ -765,8 +737,8 @@ def decode(data):
     if largest == 0:
         stop("labelled, validation and test masks hold background only; expected 1, 2, ... or 255.")
     if largest >= data.classes:
-        expected = f"Expected at least {largest + 1}."
-        stop(f"--classes {data.classes}, but the masks hold class {largest}. {expected}")
+        stop(f"--classes {data.classes}, but the masks hold class {largest}. Expected at least "
+             f"{largest + 1}.")
 
 
 def phantom(size, patients=48, seed=0):
@@ -784,11 +756,10 @@ def phantom(size, patients=48, seed=0):
         return np.asarray(coarse.resize((size, size), Image.BICUBIC))
 
     for patient in range(patients):
-        cx, cy, turn = *rng.uniform(-0.2, 0.2, 2), rng.uniform(-0.6, 0.6)
-        radius, wall = rng.uniform(0.24, 0.36), rng.uniform(0.09, 0.15)
-        aspect, blood = rng.uniform(0.8, 1.25), rng.uniform(0.6, 0.95)
-        muscle, fat = rng.uniform(0.25, 0.5), rng.uniform(0.1, 0.8)
-        gamma, slope = rng.uniform(0.6, 1.6), rng.normal(size=2) * 0.25
+        cx, cy, turn, radius, wall, aspect, blood, muscle, fat, gamma = rng.uniform(
+            [-0.2, -0.2, -0.6, 0.24, 0.09, 0.8, 0.6, 0.25, 0.1, 0.6],
+            [0.2, 0.2, 0.6, 0.36, 0.15, 1.25, 0.95, 0.5, 0.8, 1.6]).tolist()
+        slope = rng.normal(size=2) * 0.25
         blobs = [(*rng.uniform(-0.9, 0.9, 2), *rng.uniform(0.08, 0.25, 2), rng.uniform(0.1, 0.95))
                  for _ in range(7)]
         u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) * aspect
@@ -830,32 +801,32 @@ class Run:
 
     def __init__(self, name, args, data):
         self.name, self.args, self.data = name, args, data
-        file = Path(args.labeled)
-        self.labeled = file.stem if file.is_file() else args.labeled
-        start, parent = f"{name}-{self.labeled}-seed{args.seed}", Path(args.out) / data.name
-        options = {k: Path(str(v)).stem if os.sep in str(v) else v for k, v in args.options.items()}
-        title = start + "".join(f"-{k}_{v}" for k, v in sorted(options.items()))
-        similar = sorted(p.name for p in parent.glob("*")
-                         if p.name == start or p.name.startswith(f"{start}-"))
-        taken = [n for n in similar if re.fullmatch(re.escape(title) + r"(-\d+)?", n)]
-        self.resumed = args.resume and bool(taken)
-        if args.resume and similar and not taken:
-            stop(f"--resume: no run {title}; there is {some(similar)}. Repeat the run's options "
+        parent, self.labeled = Path(args.out, data.name), Path(args.labeled).name
+        start = f"{name}-{self.labeled.removesuffix('.txt')}-seed{args.seed}"
+        options = sorted((k, Path(str(v)).name) for k, v in args.options.items())
+        title = start + "".join(f"-{k}_{v}" for k, v in options)
+        found = sorted(p.name for p in parent.glob("*") if f"{p.name}-".startswith(f"{start}-"))
+        same = [re.fullmatch(re.escape(title) + r"(?:-(\d+))?", folder) for folder in found]
+        numbers = [int(match[1] or 1) for match in same if match]
+        self.resumed = args.resume and bool(numbers)
+        if args.resume and found and not numbers:
+            stop(f"--resume: no run {title}; there is {some(found)}. Repeat the run's options "
                  "(only --out, --device and --val-every may change), or leave --resume out.")
-        if self.resumed:
-            self.folder = parent / max(taken, key=lambda n: (len(n), n))  # -10 is newer than -9
-            split = self.folder / "split.json"
-            found = json.loads(split.read_text())["hash"] if split.exists() else data.split_hash
-            if found != data.split_hash:
-                stop(f"--resume: {self.folder} has split {found}, the dataset {data.split_hash}. "
-                     "Restore the dataset's files and lists, or leave --resume out.")
-        data.decode()
+        number = max(numbers, default=0) + (not self.resumed)
+        self.folder = parent / (title if number == 1 else f"{title}-{number}")
+        split = self.folder / "split.json"
+        old = json.loads(split.read_text())["hash"] if split.exists() else data.split_hash
+        if old != data.split_hash:
+            stop(f"--resume: {self.folder} has split {old}, the dataset {data.split_hash}. Restore "
+                 "the dataset's files and lists, or leave --resume out.")
+        data.decode()  # before the folder: a dataset that stops leaves none behind
         try:
-            for count in range(1, 1 if self.resumed else 10**6):
-                self.folder = parent / (title if count == 1 else f"{title}-{count}")
-                with contextlib.suppress(FileExistsError):
+            while not self.resumed:
+                with contextlib.suppress(FileExistsError):  # another run may have taken it now
                     self.folder.mkdir(parents=True)
                     break
+                number += 1
+                self.folder = parent / f"{title}-{number}"
             self.write_json("args.json", {k: v for k, v in vars(args).items() if k != "options"})
             self.write_json("split.json", {"hash": data.split_hash, **data.split})
         except OSError as error:
@@ -870,6 +841,13 @@ class Run:
     def write_json(self, name, content):
         text = json.dumps(content, indent=1)
         write_aside(self.folder / name, lambda path: path.write_text(text))
+
+    def load(self, name):
+        """Load a checkpoint's networks; returns all that it holds."""
+        state = torch.load(self.folder / name, map_location="cpu", weights_only=True)
+        for k, network in self.networks.items():
+            network.load_state_dict(state["networks"][k])
+        return state
 
     def autocast(self):
         """Context for the networks' forward passes: bf16 or fp16 on GPUs, float32 elsewhere."""
@@ -888,36 +866,30 @@ class Run:
         first; pictures(networks, x) -> columns of preview.png: {title: label maps (B, H, W) long,
         or heat (B, H, W) float, or images (B, channels, H, W), or (images, label maps)}.
         """
-        self.networks, self.optimizers = networks, optimizers
-        self.predict, self.pictures = predict, pictures
+        self.networks, self.predict, self.pictures = networks, predict, pictures
         with evaluating(networks):
             self.reported = list(predict(networks, self.data.load_images([0])))
         data, args, log = self.data, self.args, self.folder / "log.csv"
-        units = [f"{k} {len(u)} ({len(data.indices(k))} images)" for k, u in data.split.items()]
-        sizes = [f"{k} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
-                 for k, network in networks.items()]
-        print(f"{self.name} on {data.name}: {data.classes} classes, {data.channels} x {args.size} "
-              f"x {args.size}; {args.device}, {args.precision}, {torch.get_num_threads()} threads\n"
-              f"units: {', '.join(units)}; split {data.split_hash}\n"
-              f"labelled: {some(data.split['labeled'])}\nparameters: {', '.join(sizes)}\n"
+        self.parts = {"scaler": self.scaler, "labeled": data.labeled, "unlabeled": data.unlabeled,
+                      **{f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}}
+        units = ", ".join(f"{len(data.indices(k))} images of {len(units)} units {k}"
+                          for k, units in data.split.items())
+        print(f"{self.name} on {data.name}: {data.classes} classes; {args.device}, "
+              f"{args.precision}, {torch.get_num_threads()} threads\n{units}; split "
+              f"{data.split_hash}\nlabelled: {some(data.split['labeled'])}\n"
               f"run folder: {self.folder}")
         if self.resumed and (self.folder / "last.pt").exists():
-            state = torch.load(self.folder / "last.pt", map_location="cpu", weights_only=True)
-            for k, network in networks.items():
-                network.load_state_dict(state["networks"][k])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            self.scaler.load_state_dict(state["scaler"])
-            data.labeled.load_state_dict(state["labeled"])
-            data.unlabeled.load_state_dict(state["unlabeled"])
+            state = self.load("last.pt")
+            for k, part in self.parts.items():
+                part.load_state_dict(state[k])
             torch.set_rng_state(state["rng"])
             if self.device_type == "cuda" and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"], args.device)
             self.first_step, self.best, self.count = state["step"], state["best"], state["count"]
             self.sums = {k: v.to(args.device) for k, v in state["sums"].items()}
         if args.resume:
-            what = "continuing at" if self.first_step else "no checkpoint yet, starting at"
-            print(f"--resume: {what} step {self.first_step}")
+            what = "continuing" if self.first_step else "no checkpoint yet, starting"
+            print(f"--resume: {what} at step {self.first_step}")
         if log.exists():  # cut the rows after the checkpoint, a half-written one included
             header, *rows = log.read_text().splitlines(keepends=True) or [""]
             rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= self.first_step]
@@ -999,10 +971,8 @@ class Run:
                      "networks": {k: network.state_dict() for k, network in self.networks.items()}}
             if better:
                 write_aside(self.folder / "best.pt", lambda path: torch.save(state, path))
-            state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                      "scaler": self.scaler.state_dict(), "rng": torch.get_rng_state(),
-                      "labeled": data.labeled.state_dict(), "sums": self.sums,
-                      "unlabeled": data.unlabeled.state_dict(), "count": self.count}
+            state |= {k: part.state_dict() for k, part in self.parts.items()}
+            state |= {"rng": torch.get_rng_state(), "sums": self.sums, "count": self.count}
             if self.device_type == "cuda":
                 state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
             write_aside(self.folder / "last.pt", lambda path: torch.save(state, path))
@@ -1014,17 +984,13 @@ class Run:
 
     def finish(self):
         """Score the test units, once, with the best and last networks; write and return results."""
-        data, args, table, states = self.data, self.args, {}, {}
+        data, args = self.data, self.args
         save_preview(self)
-        for which in ("best", "last"):
-            path = self.folder / f"{which}.pt"
-            states[which] = torch.load(path, map_location="cpu", weights_only=True)
-            for k, network in self.networks.items():
-                network.load_state_dict(states[which]["networks"][k])
-            for k, scores in evaluate(self.predict, self.networks, data, "test").items():
-                table.setdefault(k, {})[which] = scores
-        name, best_step = next(iter(table)), states["best"]["step"]
-        head = table[name]["last"]
+        last = evaluate(self.predict, self.networks, data, "test")
+        best_step = self.load("best.pt")["step"]
+        best = evaluate(self.predict, self.networks, data, "test")
+        table = {k: {"best": best[k], "last": last[k]} for k in last}
+        name, head = next(iter(last.items()))
         results = {"method": self.name, "dataset": data.name, "labeled": self.labeled,
                    "options": args.options, "seed": args.seed, "steps": args.steps,
                    "split": data.split_hash,
@@ -1033,11 +999,10 @@ class Run:
         self.write_json("results.json", results)
         print(f"\nTest: {len(data.volumes('test'))} volumes of {len(data.split['test'])} units\n"
               f"{'network, checkpoint':32}  Dice % Jaccard %  HD95 px ASD px")
-        for k, scores in table.items():
-            for which, label in (("last", "last"), ("best", f"best on val ({best_step})")):
-                cells = [scores[which][m] for m in METRICS]
-                cells = ["n/a" if cell is None else f"{cell:.2f}" for cell in cells]
-                mark = "  <- headline" * (k == name and which == "last")
+        for k in table:
+            for label, scores in (("last", last[k]), (f"best on val ({best_step})", best[k])):
+                cells = ["n/a" if scores[m] is None else f"{scores[m]:.2f}" for m in METRICS]
+                mark = "  <- headline" * (scores is head)
                 print("{:32}{:>8}{:>10}{:>9}{:>7}".format(f"{k}, {label}", *cells) + mark)
         dice = [f"{c}: {'n/a' if s['dice'] is None else round(s['dice'], 1)}"
                 for c, s in head["classes"].items()]
@@ -1065,11 +1030,11 @@ def save_sheet(path, columns):
     rows = zip(*columns.values(), strict=True)
     tiles = [F.interpolate(tile[None], (160, 160))[0] for row in rows for tile in row]
     grid = make_grid(tiles, nrow=len(columns), pad_value=255)
-    sheet = Image.new("RGB", (grid.shape[2], grid.shape[1] + 40), "white")
-    sheet.paste(tvf.to_pil_image(grid), (0, 40))
+    sheet = tvf.to_pil_image(F.pad(grid, (0, 0, 40, 0), value=255))
     for i, title in enumerate(columns):
         ImageDraw.Draw(sheet).text((4 + i * 162, 3), title, "black", ImageFont.load_default(13))
-    write_aside(path, lambda aside: sheet.save(aside, "PNG"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
 
 
 def save_preview(run):
@@ -1083,22 +1048,21 @@ def save_preview(run):
         columns |= run.pictures(run.networks, x)
     for title, column in columns.items():
         images, labels = column if isinstance(column, tuple) else (x, column)
-        if labels.dim() == 3 and not labels.is_floating_point():
-            sheet[title] = list(map(overlay, images.cpu(), labels.cpu()))
-        else:  # images, or heat between 0 and its largest value
-            heat = labels[:, None] / labels.amax().clamp_min(1e-8) if labels.dim() == 3 else labels
-            sheet[title] = list((heat.cpu().expand(-1, 3, -1, -1) * 255).byte())
+        if labels.dim() == 3 and labels.is_floating_point():  # heat, from 0 to its largest value
+            labels = labels[:, None] / labels.amax().clamp_min(1e-8)
+        if labels.dim() == 4:  # images
+            images, labels = labels, torch.zeros_like(labels[:, 0], dtype=torch.long)
+        sheet[title] = list(map(overlay, images.cpu(), labels.cpu()))
     save_sheet(run.folder / "preview.png", sheet)
 
 
 def check(args):
     """The data doctor: everything about a dataset that a run depends on. Reads hidden masks too."""
-    data, counts = Data(args), np.zeros(256, int)
-    data.decode()
-    names, with_mask = data.names, np.flatnonzero(data.has_mask)
-    for mask in read_each(with_mask, data.truth, "masks"):
-        counts += np.bincount(mask.ravel(), minlength=256)
-    print(f"{data.name}: {len(names)} images, {len(with_mask)} with masks, {len(set(data.units))} "
+    data = Data(args)
+    data.decode(hidden=True)
+    names, labels = data.names, data.labels
+    counts = sum(np.bincount(mask.ravel(), minlength=256) for mask in labels)
+    print(f"{data.name}: {len(names)} images, {len(labels)} with masks, {len(set(data.units))} "
           f"units (patients or images), {len(set(data.volumes_of))} volumes")
     for i in sorted({0, len(names) // 2, len(names) - 1}):
         print(f"  {names[i]}: unit {data.units[i]}, volume {data.volumes_of[i]}")
@@ -1111,7 +1075,6 @@ def check(args):
     chosen = data.indices("labeled")[::max(1, len(data.indices("labeled")) // 6)][:6]
     x, y = data.load_images(chosen).cpu(), data.load_labels(chosen).cpu()
     path = Path(args.out) / data.name / "check.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_sheet(path, {"image": list(map(overlay, x, 0 * y)), "mask": list(map(overlay, x, y))})
     print(f"no problem found; look at {path}")
 
@@ -1165,7 +1128,7 @@ def predict_images(args):
             for path in paths:
                 try:
                     arrays[path] = read_pixels(path)
-                except Bad as error:
+                except ValueError as error:
                     bad.append(path)
                     bar.write(f"skipped: {error}", sys.stderr)
             for path, array in zip(arrays, scale_volume(list(arrays.values())), strict=True):
