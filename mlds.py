@@ -4,24 +4,20 @@
 C. Seibold, A. Freytag, E. Rodner, R. Stiefelhagen, CVPR 2021, https://arxiv.org/abs/2104.13243
 
 Idea
-    Deep supervision puts a loss on every stage of the decoder. A cell of a coarse stage covers many
-    pixels, so its target is the set of classes inside it, and each head answers "which of them are
-    here?". Such targets forgive small errors, so they may come from labels that are not quite
-    right: a slowly moving teacher labels the images without masks. Where boxes or image-level
-    labels are known, the teacher may only choose among the classes that they allow. A separate
-    clean head is trained on true masks alone; it makes the labels, and is the one used in the end.
+    A cell of a coarse decoder stage covers many pixels, so its target is the set of classes in it;
+    a head at each stage says which are there. Such targets forgive small errors, so they may come
+    from labels that are not quite right: a slowly moving teacher labels the images without masks,
+    choosing among the classes that boxes or image-level labels allow, where there are any. A clean
+    head learns from true masks alone; it makes those labels, and is used in the end.
 
-        x_l ---> student --+-- multi-label heads <--- BCE --- max-pooled y (each resolution)
-                    |      +-- clean head <---------- CE ---- y
-                 average
-                    v
-        x_u ---> teacher ----- clean head, argmax over allowed classes ---> Ŷ  (no gradient)
-        strong(x_u) -> student -- multi-label heads <--- BCE --- max-pooled Ŷ
+        x_l -> student -> clean head <--- CE --- y;   heads <--- BCE --- y, max-pooled
+        x_u -> student -> heads <--- BCE --- Ŷ, max-pooled
+        x_u -> teacher (the student's average) -> clean head -> Ŷ: most probable allowed class
 
 Run
-    python mlds.py                                     # the built-in phantom
-    python mlds.py --data PATH --labeled 10%           # uses PATH/boxes, PATH/tags where they are
-    python mlds.py --data PATH --labeled 10% --boxes 20% --tags 30%   # derived from hidden masks
+    python mlds.py                                         # the built-in phantom
+    python mlds.py --data PATH --labeled 10%               # uses PATH/boxes, PATH/tags, if any
+    python mlds.py --labeled 10% --boxes 20% --tags 30%    # derived from hidden masks
 
 Equations (numbers are this file's)
     Eq. (1)  multi_label_target  which classes are in a cell
@@ -30,45 +26,24 @@ Equations (numbers are this file's)
     Eq. (4)  pseudo_label        the most probable allowed class
     Eq. (5)  ema_decay           the teacher's memory, short at first
     Eq. (6)  ema_update          teacher weights: running average of the student's
-    Eq. (7)  main                L = CE + L_MLDS + λ L_MLDS(Ŷ)
+    Eq. (7)  main                L = CE(y) + L_MLDS(y) + λ L_MLDS(Ŷ)
 
 Differences
-    1. From the paper: U-Net, AdamW, batches and common.strong as in all six files; no ramp of λ.
-    2. Like the paper, the clean head learns by CE alone: a labelled-only run of the other files (CE
-       + Dice) is no ablation of this one; --variant mlds is.
-    3. From the authors' code: BCE is a mean over images, not a sum, so that the learning rate does
-       not depend on the batch size; the teacher averages parameters, its BatchNorm has statistics
-       of its own, as in mean_teacher.py. Neither was measured.
-    4. Labelled and unlabelled images pass separately; the unlabelled stream holds no labelled image
-       (with --labeled 100% it holds them all, labelled by their masks).
+    1. From the paper: U-Net, AdamW, batches and common.strong as in all six files. The clean head
+       has CE alone, as there: --variant mlds, not mean_teacher.py --supervised, is its baseline.
+    2. From the authors' code: BCE is a mean over images, not a sum, so that the learning rate does
+       not depend on the batch size. EMA as in mean_teacher.py. Neither was measured.
+    3. Labelled and unlabelled images pass separately. The unlabelled stream holds no labelled image
+       (at 100% all of them, and Ŷ is their mask).
 """
-import argparse
 import copy
-import re
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import (
-    COLORS,
-    DEPTH,
-    Bad,
-    Data,
-    Decoder,
-    Encoder,
-    Run,
-    parse,
-    parser,
-    poly_decay,
-    read_each,
-    set_lr,
-    stop,
-    strong,
-)
+from common import Data, Run, UNet, annotations, parse, parser, poly_decay, set_lr, stop, strong
 
 WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
 EMA_DECAY = 0.99  # [ours] as in mean_teacher.py
@@ -78,22 +53,21 @@ HIDDEN = 64  # [paper] channels inside a multi-label head
 
 
 class MultiLabelNet(nn.Module):
-    """Multi-label heads on the bottleneck and every decoder stage, and a clean head on the last.
+    """Images (B, channels, S, S) -> clean logits (B, C, S, S), multi-label logits [(B, C, s, s)].
 
-    encoder: image -> features, the bottleneck's last; decoder: features -> stages, coarsest first;
-    widths: channels of bottleneck and stages.
+    encoder: image -> features, bottleneck last; decoder: features -> stages, coarsest first;
+    widths: channels of the bottleneck and the stages, which each get a multi-label head.
     """
 
     def __init__(self, encoder, decoder, widths, hidden, classes):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        self.clean = nn.Conv2d(widths[-1], classes, 1)
         self.heads = nn.ModuleList(nn.Sequential(
             nn.Conv2d(width, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU(True),
             nn.Conv2d(hidden, classes, 1)) for width in widths)
-        self.clean = nn.Conv2d(widths[-1], classes, 1)
 
     def forward(self, x):
-        """(B, channels, H, W) -> clean logits (B, C, H, W), [multi-label logits (B, C, h, w)]."""
         if len(x) == 0:  # BatchNorm refuses an empty batch; --variant mlds has one
             return x.new_zeros(0, self.clean.out_channels, *x.shape[2:]), []
         features = self.encoder(x)
@@ -118,35 +92,38 @@ def multi_label_target(y, classes, side):
 def mlds_loss(multi, y):
     """Eq. (2): L_MLDS = Σ_d BCE(σ(z_d), m*_d), each a mean over images, classes and cells.
 
-    multi: the heads' logits [(B, C, h, h)]; y: (B, S, S) long -> scalar. Gradient: into all logits.
+    multi: logits [(B, C, s, s)], y: (B, S, S) long -> scalar. Gradient flows into all logits.
     Example: logits of 0 give log 2 a depth, whatever y.
     """
-    return sum(F.binary_cross_entropy_with_logits(z, multi_label_target(y, *z.shape[1:3]))
-               for z in multi)
+    targets = [multi_label_target(y, *z.shape[1:3]) for z in multi]
+    return sum(map(F.binary_cross_entropy_with_logits, multi, targets))
 
 
-def allowed_map(size, classes, mask=None, boxes=None, tags=None):
-    """Eq. (3): A(p) = {y(p)} with a mask, else {0} ∪ {c in tags, p in a box of c}; bit c: c ∈ A.
+def allowed_map(size, classes, limits, mask=None):
+    """Eq. (3): A(p) = {y(p)} with a mask, else {0} ∪ ⋂_limits {c : p in a box of c}; bit c: c ∈ A.
 
-    mask: (size, size) long; boxes: [(c, cx, cy, w, h)], shares of the side; tags: [c]; None: not
-    known, so no limit. A pixel that a box touches is in it. -> (size, size) uint8. No gradient.
+    limits: [boxes, tags] or fewer, lists of (c, cx, cy, w, h) in shares of the side; a tag is a box
+    around everything. mask: (size, size) long. -> (size, size) uint8. No gradient.
     """
     if mask is not None:
         return (1 << mask).to(torch.uint8)
-    allowed = torch.full((size, size), 2**classes - 1 if boxes is None else 1, dtype=torch.uint8)
-    for c, cx, cy, w, h in boxes or []:  # 0.01 pixels are rounding errors of the file
-        left, right = int((cx - w / 2) * size + 0.01), int((cx + w / 2) * size + 0.99)
-        top, bottom = int((cy - h / 2) * size + 0.01), int((cy + h / 2) * size + 0.99)
-        allowed[top:bottom, left:right] |= 1 << c
-    return allowed if tags is None else allowed & (1 | sum(1 << c for c in set(tags)))
+    allowed = torch.full((size, size), 2**classes - 1, dtype=torch.uint8)
+    for boxes in limits:
+        inside = torch.ones_like(allowed)  # background
+        for c, *box in boxes:  # all pixels that it touches; 0.01 pixels are rounding
+            cx, cy, w, h = (size * v for v in box)
+            rows = slice(int(cy - h / 2 + 0.01), int(cy + h / 2 + 0.99))
+            inside[rows, int(cx - w / 2 + 0.01):int(cx + w / 2 + 0.99)] |= 1 << c
+        allowed &= inside
+    return allowed
 
 
 def pseudo_label(logits, allowed):
     """Eq. (4): Ŷ(p) = argmax over c ∈ A(p) of z_c(p); background where A is empty.
 
-    logits (B, C, H, W), allowed (B, H, W) uint8, bit c for class c -> (B, H, W) long. No gradient.
+    logits (B, C, H, W), allowed (B, H, W) uint8 -> (B, H, W) long. No gradient.
     """
-    allowed = allowed + (allowed == 0)  # 0: from outside the image
+    allowed = allowed + (allowed == 0)  # empty: from outside the image
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     forbidden = (allowed[:, None].int() >> classes) % 2 == 0  # (B, C, H, W)
     return logits.masked_fill(forbidden, -torch.inf).argmax(1)
@@ -173,113 +150,20 @@ def ema_update(teacher, student, alpha):
 # -------------------------------------------------------------------------------------- Annotations
 
 
-def regions(mask):
-    """Connected regions of equal values, 4 neighbours: integers (H, W) -> region numbers (H, W).
-
-    Runs along the rows are joined (union-find) where they touch an equal run of the row above.
-    """
-    start = np.ones(mask.shape, bool)
-    start[:, 1:] = mask[:, 1:] != mask[:, :-1]
-    run = start.cumsum().reshape(mask.shape) - 1  # each pixel's run
-    touch = (mask[1:] == mask[:-1]) & (start[1:] | start[:-1])  # once a pair of runs
-    parent = list(range(run[-1, -1] + 1))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    for a, b in zip(run[:-1][touch].tolist(), run[1:][touch].tolist(), strict=True):
-        parent[root(b)] = root(a)
-    return np.array([root(i) for i in range(len(parent))])[run]
-
-
-def boxes_of(mask):
-    """A mask (H, W) -> [(c, cx, cy, w, h)], one box for each region of each class but background."""
-    region, (h, w), boxes = regions(mask), mask.shape, []
-    for number in np.unique(region[mask > 0]):
-        y, x = np.nonzero(region == number)
-        (top, left), (bottom, right) = (y.min(), x.min()), (y.max() + 1, x.max() + 1)
-        boxes.append((int(mask[y[0], x[0]]), (left + right) / 2 / w, (top + bottom) / 2 / h,
-                      (right - left) / w, (bottom - top) / h))
-    return boxes
-
-
-def read_annotation(path, kind, classes):
-    """A boxes file -> [(c, cx, cy, w, h)], a tags file -> [c]; a bad line stops the run."""
-    form, rows = {"boxes": "class cx cy w h", "tags": "class"}[kind], []
-    for n, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
-        words, wrong = line.split(), None
-        for row in [words] * bool(words) if kind == "boxes" else [[word] for word in words]:
-            try:
-                c, *box = int(row[0]), *map(float, row[1:])
-                if len(row) != len(form.split()):
-                    raise ValueError
-            except ValueError:
-                wrong = f"expected numbers: {form}"
-            else:
-                ends = [m + s * side / 2 for m, s in zip(box[:2], box[2:], strict=True)
-                        for side in (-1, 1)]
-                if not 0 < c < classes:
-                    wrong = (f"class {c}, expected 1 to {classes - 1}, the masks' numbers"
-                             + ". YOLO counts from 0? add 1" * (c == 0))
-                elif not all(-1e-3 < end < 1.001 for end in ends) or min(box[2:], default=1) <= 0:
-                    wrong = "the box is empty or not inside the image; expected shares, 0 to 1"
-            if wrong:
-                stop(f"{path}, line {n}: {line!r}: {wrong}. Mend the line, or remove the file.")
-            rows.append((c, *box) if kind == "boxes" else c)
-    return rows
-
-
-def share(text):
-    """An argparse type: a share of the hidden training units, "20%"."""
-    if not re.fullmatch(r"\d+(\.\d+)?%", text) or float(text[:-1]) > 100:
-        raise argparse.ArgumentTypeError(f"{text}: expected a share from 0% to 100%, such as 20%")
-    return text
-
-
 def allowed_maps(data, args):
-    """Eq. (3) of every training image -> uint8 (N, S, S); prints how many have which annotation.
-
-    Files first; then --boxes and --tags: the first and the last of the shuffled hidden units.
-    """
+    """Eq. (3) of all training images: uint8 (N, S, S); prints how many have which annotation."""
     data.decode()
     if data.classes > 8:
-        stop(f"{data.classes} classes; MLDS keeps the allowed classes in 8 bits. Merge some.")
-    found, number = {"boxes": {}, "tags": {}}, {name: i for i, name in enumerate(data.names)}
-    for kind, rows in found.items():
-        for path in [] if data.phantom else sorted(Path(args.data, kind).glob("[!.]*.txt")):
-            if path.stem not in number:
-                stop(f"{path}: there is no image of this name. Rename or remove the file.")
-            rows[number[path.stem]] = read_annotation(path, kind, data.classes)
-    hidden = [i for i in data.indices("unlabeled") if data.has_mask[i]]
-    order = np.random.default_rng(args.split_seed).permutation(sorted(set(data.units))).tolist()
-    order = [u for u in order if u in {data.units[i] for i in hidden}]  # nested: 10% in 20%
-    n_boxes, n_tags = (round(len(order) * float(s[:-1]) / 100 + 1e-6) for s in (args.boxes, args.tags))
-    boxed, tagged = set(order[:n_boxes]), set(order[len(order) - n_tags:])
-
-    def read(i):
-        mask = data.truth(i)
-        if mask.max() >= data.classes:
-            raise Bad(f"{data.names[i]}: class {mask.max()}, expected up to {data.classes - 1}")
-        return i, mask
-
-    chosen = [i for i in hidden if data.units[i] in boxed | tagged]
-    for i, mask in read_each(chosen, read, "hidden masks"):
-        if data.units[i] in boxed:
-            found["boxes"].setdefault(i, boxes_of(mask))
-        if data.units[i] in tagged:
-            found["tags"].setdefault(i, np.unique(mask[mask > 0]).tolist())
-    maps, counts = np.zeros((len(data.names), args.size, args.size), np.uint8), Counter()
-    labeled = set(data.indices("labeled"))
-    for i in [*labeled, *data.indices("unlabeled")]:
-        mask = data.load_labels([i])[0].cpu() if i in labeled else None
-        known = {kind: rows.get(i) for kind, rows in found.items()}
-        maps[i] = allowed_map(args.size, data.classes, mask, **known)
-        kinds = [kind for kind, rows in known.items() if rows is not None]
-        counts["masks" if i in labeled else " and ".join(kinds) or "none"] += 1
-    listed = (f"{kind} {counts[kind]}" for kind in ("masks", "boxes", "tags", "boxes and tags", "none"))
-    print(f"annotations of the {counts.total()} training images: {', '.join(listed)}")
+        stop(f"{data.classes} classes, but a pixel's allowed ones are 8 bits. Merge some classes.")
+    known = {kind: annotations(data, kind, getattr(args, kind)) for kind in ("boxes", "tags")}
+    maps = np.zeros((len(data.names), args.size, args.size), np.uint8)
+    counts = dict.fromkeys(("masks", "boxes", "tags", "boxes and tags", "none"), 0)
+    for i in data.indices("labeled") + data.indices("unlabeled"):
+        mask = data.load_labels([i])[0].cpu() if i in data.label_rows else None
+        limits = {kind: boxes[i] for kind, boxes in known.items() if i in boxes and mask is None}
+        maps[i] = allowed_map(args.size, data.classes, limits.values(), mask)
+        counts["masks" if mask is not None else " and ".join(limits) or "none"] += 1
+    print("training images with", ", ".join(f"{kind}: {n}" for kind, n in counts.items()))
     return maps
 
 
@@ -288,9 +172,8 @@ def allowed_maps(data, args):
 
 def build(channels, classes, width):
     """The student, and the teacher, which starts as its copy, untrained: {name: network}."""
-    widths = [width * 2**i for i in range(DEPTH, -1, -1)]
-    encoder, decoder = Encoder(channels, width), Decoder(width)
-    student = MultiLabelNet(encoder, decoder, widths, HIDDEN, classes)
+    unet, widths = UNet(channels, classes, width), [width * 2**i for i in (4, 3, 2, 1, 0)]
+    student = MultiLabelNet(unet.encoder, unet.decoder, widths, HIDDEN, classes)
     return {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
 
 
@@ -301,17 +184,14 @@ def predict(networks, x):
 
 
 def pictures(networks, x):
-    """Columns of preview.png: the classes found in coarse and fine cells, in the mask's colours."""
+    """Columns of preview.png: classes 1, 2, 3 of a cell in red, green, blue; several are mixed."""
+    def paint(m):  # (B, C, s, s) -> (B, 3, S, S)
+        return F.interpolate(F.pad(m, [0] * 5 + [2])[:, 1:4], x.shape[2:])
+
     label = next(iter(predict(networks, x).values())).argmax(1)
-    _, multi = networks["student"](x)
-    colors = [list(bytes.fromhex(color[1:])) for color in COLORS[:multi[0].shape[1] - 1]]
-
-    def paint(probs):  # (B, C, h, w) -> (B, 3, H, W); a cell of several classes mixes their colours
-        rgb = torch.einsum("bchw,cr->brhw", probs[:, 1:], torch.tensor(colors).to(probs) / 255)
-        return F.interpolate(rgb.clamp(max=1), x.shape[2:])
-
-    columns = {"Ŷ in cells of 8": paint(multi_label_target(label, *multi[1].shape[1:3]))}
-    return columns | {f"head, cells of {2**d}": paint(multi[DEPTH - d].sigmoid()) for d in (3, 1)}
+    coarse, fine = (networks["student"](x)[1][d].sigmoid() for d in (1, 3))
+    return {"Ŷ, cells of 8": paint(multi_label_target(label, *coarse.shape[1:3])),
+            "heads, cells of 8": paint(coarse), "heads, cells of 2": paint(fine)}
 
 
 def main(argv=None):
@@ -319,13 +199,13 @@ def main(argv=None):
     options = parser(__doc__)
     add = options.own.add_argument
     add("--variant", choices=["mlds", "self", "mean"], default="mean",
-        help="labelled images only; student labels; EMA teacher labels (%(default)s)")
+        help="labelled images only; the student labels; the teacher labels (%(default)s)")
     add("--weight", type=float, default=1.0, help="λ of L_MLDS(Ŷ) (%(default)s) [ours]")
-    add("--boxes", type=share, default="0%", help="hidden units to derive boxes for, such as 20%%")
-    add("--tags", type=share, default="0%", help="hidden units to derive image-level labels for")
+    add("--boxes", metavar="SPEC", help="hidden units to derive boxes for (20%%)")
+    add("--tags", metavar="SPEC", help="hidden units to derive image-level labels for")
     args = parse(options, argv)
     if args.variant == "mlds":  # the loop below has no branch for it
-        args.unlabeled_batch, args.weight = 0, 0.0
+        args.unlabeled_batch, args.weight, args.boxes, args.tags = 0, 0.0, None, None
 
     # data, run, networks, optimizer
     data = Data(args)
@@ -347,14 +227,13 @@ def main(argv=None):
 
         # 3 targets
         with torch.no_grad(), run.autocast():
-            clean_t, _ = teacher(x_u)
-        label_u = pseudo_label(clean_t, allowed)  # (B, H, W)
+            label_u = pseudo_label(teacher(x_u)[0], allowed)  # (B, H, W)
 
         # 4 losses
         with run.autocast():
-            clean_l, multi_l = student(x_ls)
-            clean_u, multi_u = student(x_us)
-        loss_sup = F.cross_entropy(clean_l, y_l)
+            logits_l, multi_l = student(x_ls)
+            logits_u, multi_u = student(x_us)
+        loss_sup = F.cross_entropy(logits_l, y_l)
         loss_mlds = mlds_loss(multi_l, y_l)
         loss_pseudo = mlds_loss(multi_u, label_u)  # never the clean head
         loss = loss_sup + loss_mlds + args.weight * loss_pseudo  # Eq. (7)
@@ -369,7 +248,7 @@ def main(argv=None):
         ema_update(teacher, student, ema_decay(step, EMA_DECAY))
 
         # 7 log, validate, save
-        agreement = (clean_u.argmax(1) == label_u).float().mean().nan_to_num()
+        agreement = (logits_u.argmax(1) == label_u).float().mean().nan_to_num()  # no x_u: 0
         run.log(loss=loss, sup=loss_sup, mlds=loss_mlds, pseudo=loss_pseudo, lam=args.weight,
                 agreement=agreement, lr=lr)
         run.save(step)
