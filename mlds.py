@@ -190,7 +190,7 @@ def pictures(networks, x):
 
     label = next(iter(predict(networks, x).values())).argmax(1)
     coarse, fine = (networks["student"](x)[1][d].sigmoid() for d in (1, 3))
-    return {"Ŷ, cells of 8": paint(multi_label_target(label, *coarse.shape[1:3])),
+    return {"labels, cells of 8": paint(multi_label_target(label, *coarse.shape[1:3])),
             "heads, cells of 8": paint(coarse), "heads, cells of 2": paint(fine)}
 
 

@@ -19,6 +19,11 @@ import common
 BLOCKS, STEPS = 5, 20
 
 
+def flat(outputs):
+    """A network's outputs, tensors in lists and tuples -> a list of tensors."""
+    return [outputs] if torch.is_tensor(outputs) else [z for part in outputs for z in flat(part)]
+
+
 def bare_work(run, passes):
     """A function that does one step's passes, backward and update on copies of the run's networks."""
     copies = {id(n): copy.deepcopy(n) for n in run.networks.values()}
@@ -30,8 +35,9 @@ def bare_work(run, passes):
         loss = 0
         for key, shape, grad in passes:
             with torch.set_grad_enabled(grad):
-                logits = copies[key](ready[shape])
-            loss = loss + logits.float().square().mean() if grad else loss
+                outputs = copies[key](ready[shape])
+            for logits in flat(outputs) if grad else ():
+                loss = loss + logits.float().square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -41,11 +47,11 @@ def bare_work(run, passes):
 def measure(method):
     passes, times = [], {"method": [], "bare": []}
 
-    def record(module, inputs):
-        if isinstance(module, common.UNet) and len(inputs[0]):
-            passes.append((id(module), tuple(inputs[0].shape), torch.is_grad_enabled()))
-
     def steps(run):
+        def record(module, inputs):
+            if module in run.networks.values() and len(inputs[0]):
+                passes.append((id(module), tuple(inputs[0].shape), torch.is_grad_enabled()))
+
         hook = torch.nn.modules.module.register_module_forward_pre_hook(record)
         yield 0
         hook.remove()
