@@ -119,14 +119,13 @@ def allowed_map(size, classes, limits, mask=None):
 
 
 def pseudo_label(logits, allowed):
-    """Eq. (4): Ŷ(p) = argmax over c ∈ A(p) of z_c(p); background where A is empty.
+    """Eq. (4): Ŷ(p) = argmax over c ∈ A(p) of z_c(p); background where A is empty, outside.
 
     logits (B, C, H, W), allowed (B, H, W) uint8 -> (B, H, W) long. No gradient.
     """
-    allowed = allowed + (allowed == 0)  # empty: from outside the image
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     forbidden = (allowed[:, None].int() >> classes) % 2 == 0  # (B, C, H, W)
-    return logits.masked_fill(forbidden, -torch.inf).argmax(1)
+    return logits.masked_fill(forbidden, -torch.inf).argmax(1)  # of equal ones, the first
 
 
 def ema_decay(step, decay):
@@ -160,7 +159,7 @@ def allowed_maps(data, args):
     counts = dict.fromkeys(("masks", "boxes", "tags", "boxes and tags", "none"), 0)
     for i in data.indices("labeled") + data.indices("unlabeled"):
         mask = data.load_labels([i])[0].cpu() if i in data.label_rows else None
-        limits = {kind: boxes[i] for kind, boxes in known.items() if i in boxes and mask is None}
+        limits = {kind: boxes[i] for kind, boxes in known.items() if i in boxes}
         maps[i] = allowed_map(args.size, data.classes, limits.values(), mask)
         counts["masks" if mask is not None else " and ".join(limits) or "none"] += 1
     print("training images with", ", ".join(f"{kind}: {n}" for kind, n in counts.items()))
