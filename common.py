@@ -475,6 +475,7 @@ def parse(parser, argv=None):
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".npy")
 MASK_SUFFIX = re.compile("_(mask|segmentation|anno|label)$")
 SLICE = re.compile(r"^(?P<volume>(?P<patient>.+?)(_frame\d+)?)_slice_?(?P<slice>\d+)$")
+WHOLE = 0.5, 0.5, 1, 1  # the box cx, cy, w, h around an image, in shares of its sides
 MAX_CLASS = 31  # a larger number in a mask is no class number (but 255 in a binary mask is)
 
 
@@ -521,21 +522,21 @@ def read_ids(path, names):
     return sorted({unit_of[i] for i in ids})
 
 
-def choose_labeled(spec, units, names):
+def choose_labeled(spec, units, names, option="--labeled", what="training units with masks"):
     """--labeled -> units: a file's, or the first of the (seeded) `units`, so 5% is inside 10%."""
     if Path(spec).is_file():
         chosen = read_ids(spec, names)
         if outside := sorted(set(chosen) - set(units)):
-            stop(f"--labeled {spec}: not training units with masks: {some(outside)}. Expected some "
+            stop(f"{option} {spec}: not {what}: {some(outside)}. Expected some "
                  f"of {some(sorted(units))}")
         return chosen
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
     value, percent = (float(match[1]), match[2]) if match else (0, "")
     if not percent and value % 1:
-        stop(f"--labeled {spec}: did you mean {value * 100:g}%? Give a share (10%) or units (7).")
-    if value <= 0 or value > (100 if percent else len(units)):
-        stop(f"--labeled {spec}: expected a share above 0% and up to 100%, a number of units from "
-             f"1 to {len(units)} (the training units with masks), or a text file of ids.")
+        stop(f"{option} {spec}: did you mean {value * 100:g}%? Give a share (10%) or units (7).")
+    if value <= 0 or value > (100 if percent else len(units)) or not units:
+        stop(f"{option} {spec}: expected a share above 0% and up to 100%, a number of units from "
+             f"1 to {len(units)} (the {what}), or a text file of ids.")
     count = max(1, math.floor(len(units) * value / 100 + 0.5)) if percent else int(value)
     return sorted(units[:count])
 
@@ -739,6 +740,80 @@ def decode(data, hidden):
     if largest >= data.classes:
         stop(f"--classes {data.classes}, but the masks hold class {largest}. Expected at least "
              f"{largest + 1}.")
+
+
+def boxes_of(mask):
+    """Class numbers (H, W) -> [(c, cx, cy, w, h)], a box for each 4-connected region but of 0."""
+    start, (h, w), boxes = np.ones(mask.shape, bool), mask.shape, []
+    start[:, 1:] = mask[:, 1:] != mask[:, :-1]  # a run of equal pixels along a row starts
+    run = start.cumsum().reshape(h, w) - 1
+    touch = (mask[1:] == mask[:-1]) & (start[1:] | start[:-1])  # a run touches one in the next row
+    a, b, region = run[:-1][touch], run[1:][touch], np.arange(run.max() + 1)
+    while (region[a] != region[b]).any():  # the smallest number of a region spreads
+        low = np.minimum(region[a], region[b])
+        np.minimum.at(region, region[a], low)
+        np.minimum.at(region, region[b], low)
+        region = region[region]
+    region = region[run]
+    for number in np.unique(region[mask > 0]):
+        y, x = np.nonzero(region == number)
+        x0, x1, y0, y1 = x.min() / w, (x.max() + 1) / w, y.min() / h, (y.max() + 1) / h
+        boxes.append((int(mask[y[0], x[0]]), (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
+    return boxes
+
+
+def read_boxes(path, kind, classes):
+    """boxes/NAME.txt or tags/NAME.txt -> [(c, cx, cy, w, h)]; a tag is a box around everything."""
+    boxes, form = [], {"boxes": "class cx cy w h", "tags": "class"}[kind]
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
+        words = line.split()
+        for row in [[word, *WHOLE] for word in words] if kind == "tags" else filter(None, [words]):
+            try:
+                c, cx, cy, w, h = int(row[0]), *map(float, row[1:])
+            except ValueError:
+                stop(f"{path}, line {number}: {line!r}; expected: {form}")
+            if not 0 < c < classes:
+                stop(f"{path}, line {number}: class {c}; expected 1 to {classes - 1}, as in masks"
+                     + (". YOLO counts from 0? add 1" if c == 0 else " (--classes gives more)"))
+            if not (-1e-3 < cx - w / 2 < cx + w / 2 < 1.001 > cy + h / 2 > cy - h / 2 > -1e-3):
+                stop(f"{path}, line {number}: {line!r}: the box is empty or leaves the image; "
+                     f"expected {form}, from 0 to 1, shares of the image's width and height")
+            boxes.append((c, cx, cy, w, h))
+    return boxes
+
+
+def hidden_masks(data, indices):
+    """Yield (number, mask (H, W) uint8) of images whose masks training never opens."""
+    for i in tqdm(indices, "reading hidden masks", leave=False, disable=None):
+        try:
+            yield i, data.truth(i)
+        except ValueError as error:
+            stop(f"a hidden mask: {error}")
+
+
+def annotations(data, kind, spec):
+    """Boxes or tags: those of PATH/kind, and for `spec` of the hidden units derived from masks.
+
+    -> {image number: [(c, cx, cy, w, h)] in shares of width and height}; a tag is a box around
+    everything. Call data.decode() first. Of hidden masks, only those of `spec` are opened.
+    """
+    found, number = {}, {name: i for i, name in enumerate(data.names)}
+    for path in [] if data.phantom else sorted(Path(data.args.data, kind).glob("[!.]*.txt")):
+        if path.stem not in number:
+            stop(f"{path}: no image has this name. Rename or remove the file.")
+        found[number[path.stem]] = read_boxes(path, kind, data.classes)
+    hidden = [i for i in data.indices("unlabeled") if data.has_mask[i]]
+    order = np.random.default_rng(data.args.split_seed).permutation(sorted(set(data.units)))
+    units = [u for u in order.tolist() if u in {data.units[i] for i in hidden}]
+    units = units[::-1] if kind == "tags" else units  # from the other end: few have both
+    units = choose_labeled(spec, units, data.names, f"--{kind}", "hidden units") if spec else []
+    hidden = [i for i in hidden if data.units[i] in units]
+    for i, mask in hidden_masks(data, hidden):
+        if mask.max() >= data.classes:
+            stop(f"the mask of {data.names[i]} holds class {mask.max()}. Give --classes.")
+        tags = [(int(c), *WHOLE) for c in np.unique(mask[mask > 0])]
+        found.setdefault(i, tags if kind == "tags" else boxes_of(mask))
+    return found
 
 
 def phantom(size, patients=48, seed=0):
