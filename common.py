@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tvf
@@ -359,7 +360,12 @@ class Data:
 
     def load_images(self, indices):
         """Image numbers (B,) -> floats in [0, 1] (B, channels, S, S) on the device."""
-        x = torch.from_numpy(self.images[np.asarray(indices)]).to(self.args.device)
+        indices, device = torch.as_tensor(indices), self.args.device
+        if torch.is_tensor(self.images):  # all of them are on the GPU
+            x = self.images[indices.to(device)]
+        else:
+            x = torch.from_numpy(self.images[indices.numpy()])
+            x = x.pin_memory().to(device, non_blocking=True) if "cuda" in device else x.to(device)
         return (x / 255).contiguous(memory_format=torch.channels_last)
 
     def load_labels(self, indices):
@@ -369,8 +375,9 @@ class Data:
 
     def batch(self, maps=None):
         """The next Batch. maps: optional uint8 array (N, S, S), one for each image."""
-        index_l = self.labeled.take(self.args.batch_size)
-        index_u = self.unlabeled.take(self.args.unlabeled_batch)
+        rank, processes = world()  # under torchrun each takes its share of the batch
+        index_l = self.labeled.take(self.args.batch_size)[rank::processes]
+        index_u = self.unlabeled.take(self.args.unlabeled_batch)[rank::processes]
         flip, device = self.args.flip, self.args.device
         maps_u = [] if maps is None else [torch.from_numpy(maps[index_u.numpy()]).to(device)]
         x_l, y_l = weak(self.load_images(index_l), self.load_labels(index_l), flip=flip)
@@ -384,6 +391,20 @@ def stop(message, status=2):
     """End the program with a message: what was found, what was expected, what to do."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def world():
+    """(rank, number) of this process among those that torchrun started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def explain(kind, error, trace):
+    """sys.excepthook: an exhausted memory gets a message, other errors their traceback."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(error):
+        print("error: out of memory. Lower --batch-size and --unlabeled-batch, --size or --width; "
+              "--resume continues from the last checkpoint.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def some(items):
@@ -424,6 +445,7 @@ def parser(doc):
     add("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name such as cuda:1")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
         help="auto: bf16 where the GPU has it, fp16 with a scaler on older ones, else fp32")
+    add("--compile", action="store_true", help="torch.compile the networks (GPU; slow start)")
     add("--out", default="runs", metavar="FOLDER", help="where run folders go (%(default)s)")
     add("--resume", action="store_true", help="continue the run that these options name")
     add("--val-every", type=one, help="steps between validations (a tenth of --steps)")
@@ -450,7 +472,8 @@ def parse(parser, argv=None):
     args, unit = parser.parse_args(argv), 2**DEPTH
     if hasattr(sys.stdout, "reconfigure"):  # lines reach a log file at once, on every console
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    other = "data labeled seed supervised out resume device val_every cache".split()
+    sys.excepthook = explain
+    other = "data labeled seed supervised out resume device val_every cache compile".split()
     args.options = {k: v for k, v in vars(args).items()
                     if k not in other and v != parser.get_default(k)}
     size, width, steps = (64, 16, 800) if args.data == "phantom" else (256, 32, 10000)
@@ -462,6 +485,14 @@ def parse(parser, argv=None):
              f"{DEPTH} times. Try {low or unit} or {low + unit}.")
     args.device = choose_device(args.device)
     cuda = args.device.startswith("cuda")
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
+        dist.init_process_group("nccl" if cuda else "gloo")
+        if dist.get_rank():  # the first process speaks for all
+            sys.stdout = open(os.devnull, "w")
+    if args.batch_size % world()[1] or args.unlabeled_batch % world()[1]:
+        stop(f"--batch-size {args.batch_size}, --unlabeled-batch {args.unlabeled_batch}: expected "
+             f"multiples of the number of processes, {world()[1]}, which share a batch.")
     if args.precision == "fp16" and not cuda:
         stop(f"--precision fp16 needs a CUDA GPU, the device is {args.device}. Use fp32.")
     if args.precision == "auto":
@@ -727,6 +758,9 @@ def decode(data, hidden):
         data.labels, largest = labels[:, 0], max(fact[2] for fact in facts)
         data.truth = lambda i: read_mask(data.mask_files[i])[0]
     data.channels, data.classes = data.images.shape[1], data.args.classes or largest + 1
+    if "cuda" in data.args.device:  # kept on the GPU where they take little of it
+        if data.images.nbytes < torch.cuda.mem_get_info(data.args.device)[0] / 4:
+            data.images = torch.from_numpy(np.array(data.images)).to(data.args.device)
     known = Path(data.args.data, "classes.txt")  # names for people, one a line, background first
     named = known.read_text("utf-8", "replace").split("\n") if known.is_file() else ["background"]
     named = [name.strip() for name in named if name.strip()][:data.classes]
@@ -865,9 +899,12 @@ def phantom(size, patients=48, seed=0):
 def write_aside(path, write):
     """write(temporary path), then rename: readers of `path` find the old or the new file, whole."""
     aside = path.with_name(path.name + ".tmp")
-    write(aside)
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
+        stop(f"{path} cannot be written ({error}); what was there before is still there.", status=1)
     os.replace(aside, path)
 
 
@@ -895,18 +932,20 @@ class Run:
             stop(f"--resume: {self.folder} has split {old}, the dataset {data.split_hash}. Restore "
                  "the dataset's files and lists, or leave --resume out.")
         data.decode()  # before the folder: a dataset that stops leaves none behind
+        self.rank, self.processes = world()
         try:
-            while not self.resumed:
+            while not self.resumed and not self.rank:
                 with contextlib.suppress(FileExistsError):  # another run may have taken it now
                     self.folder.mkdir(parents=True)
                     break
                 number += 1
                 self.folder = parent / f"{title}-{number}"
+            self.folder, self.resumed = self.gather((self.folder, self.resumed))[0]
             self.write_json("args.json", {k: v for k, v in vars(args).items() if k != "options"})
             self.write_json("split.json", {"hash": data.split_hash, **data.split})
         except OSError as error:
             stop(f"--out {args.out} cannot be written ({error}). Choose another folder.")
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed + 1000 * self.rank)
         torch.backends.cudnn.benchmark = True
         self.device_type = torch.device(args.device).type
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.precision == "fp16")
@@ -915,7 +954,26 @@ class Run:
 
     def write_json(self, name, content):
         text = json.dumps(content, indent=1)
-        write_aside(self.folder / name, lambda path: path.write_text(text))
+        if not self.rank:
+            write_aside(self.folder / name, lambda path: path.write_text(text))
+
+    def gather(self, value):
+        """[value] of this process, or under torchrun of all, by rank."""
+        values = [value] * self.processes
+        if self.processes > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def average(self, tensors):
+        """Under torchrun: replace each tensor by its mean over the processes."""
+        for tensor in tensors if self.processes > 1 else ():
+            dist.all_reduce(tensor)
+            tensor /= self.processes
+
+    def average_statistics(self):
+        """Under torchrun: the mean of the processes' BatchNorm statistics, in all networks."""
+        buffers = [b for network in self.networks.values() for b in network.buffers()]
+        self.average([buffer for buffer in buffers if buffer.is_floating_point()])
 
     def load(self, name):
         """Load a checkpoint's networks; returns all that it holds."""
@@ -931,8 +989,13 @@ class Run:
 
     def place(self, networks):
         """Move {name: network} to the device, channels-last (twice as fast on CPUs)."""
-        to = {"device": self.args.device, "memory_format": torch.channels_last}
-        return {name: network.to(**to) for name, network in networks.items()}
+        for network in networks.values():
+            network.to(self.args.device, memory_format=torch.channels_last)
+            for tensor in network.state_dict().values() if self.processes > 1 else ():
+                dist.broadcast(tensor, 0)  # all processes start alike
+            if self.args.compile:
+                network.compile()
+        return networks
 
     def keep(self, networks, optimizers, predict, pictures):
         """What checkpoints hold and evaluation uses. Prints the set-up; on --resume loads last.pt.
@@ -957,15 +1020,18 @@ class Run:
             state = self.load("last.pt")
             for k, part in self.parts.items():
                 part.load_state_dict(state[k])
-            torch.set_rng_state(state["rng"])
-            if self.device_type == "cuda" and "cuda_rng" in state:
-                torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+            if len(state["rng"]) != self.processes:
+                stop(f"--resume: the run had {len(state['rng'])} processes, now {self.processes}.")
+            cpu, cuda = state["rng"][self.rank]
+            torch.set_rng_state(cpu)
+            if self.device_type == "cuda" and cuda is not None:
+                torch.cuda.set_rng_state(cuda, args.device)
             self.first_step, self.best, self.count = state["step"], state["best"], state["count"]
             self.sums = {k: v.to(args.device) for k, v in state["sums"].items()}
         if args.resume:
             what = "continuing" if self.first_step else "no checkpoint yet, starting"
             print(f"--resume: {what} at step {self.first_step}")
-        if log.exists():  # cut the rows after the checkpoint, a half-written one included
+        if log.exists() and not self.rank:  # cut rows after the checkpoint, and half-written ones
             header, *rows = log.read_text().splitlines(keepends=True) or [""]
             rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= self.first_step]
             write_aside(log, lambda path: path.write_text("".join([header, *rows] if rows else "")))
@@ -982,7 +1048,8 @@ class Run:
         with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
             previous = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with tqdm(total=total, initial=first, desc=self.name, disable=None) as self.bar:
+            hide = True if self.rank else None  # None: where the output is not a terminal
+            with tqdm(total=total, initial=first, desc=self.name, disable=hide) as self.bar:
                 for step in range(first, total, stride):
                     start = time.perf_counter() if step <= first + 2 else start
                     hours = (time.perf_counter() - start) / 8 * (total - step) / 3600
@@ -996,8 +1063,10 @@ class Run:
                 signal.signal(s, handler)
 
     def backward(self, loss):
-        """loss.backward(), scaled where the precision is fp16."""
+        """loss.backward(), scaled where the precision is fp16; under torchrun, mean gradients."""
         self.scaler.scale(loss).backward()
+        parameters = [p for network in self.networks.values() for p in network.parameters()]
+        self.average([p.grad for p in parameters if p.grad is not None])
 
     def update(self, optimizer):
         """optimizer.step(), skipped by the gradient scaler where fp16 overflowed."""
@@ -1016,13 +1085,22 @@ class Run:
         args, data, log, stride = self.args, self.data, self.folder / "log.csv", self.stride
         done = step + stride
         validate = done % args.val_every < stride or done == args.steps
-        if not (done % 20 < stride or validate or self.interrupted):
+        write = done % 20 < stride or validate
+        if not (write or (self.interrupted and self.processes == 1)):
             return
+        self.interrupted = any(self.gather(self.interrupted))
         row, better = {k: v.item() / self.count for k, v in self.sums.items()}, False
         for k, value in row.items():
             if not math.isfinite(value):
                 stop(f"{k} is {value} between steps {done - self.count * stride} and {done}; "
                      f"{self.folder} has the checkpoint before that. Lower --lr.", status=1)
+        if validate or self.interrupted:
+            self.average_statistics()
+            cuda = torch.cuda.get_rng_state(args.device) if self.device_type == "cuda" else None
+            rng = self.gather((torch.get_rng_state(), cuda))
+        if self.rank:  # the first process validates and writes
+            self.sums, self.count = {}, 0
+            return sys.exit(130) if self.interrupted else None
         shown = {k: f"{row[k]:.3f}" for k in ("loss", "lam") if k in row}
         self.bar.set_postfix(**shown, best=f"{self.best:.1f}")
         row["val_dice"] = ""
@@ -1033,7 +1111,7 @@ class Run:
                        + ", ".join(f"{k} {d:.1f}" for k, d in dice.items()), sys.stdout)
             row["val_dice"] = reported = next(iter(dice.values()))
             better, self.best = reported > self.best, max(reported, self.best)
-        if validate or done % 20 < stride:
+        if write:
             header = "" if log.exists() and log.stat().st_size else ",".join(["step", *row]) + "\n"
             with open(log, "a") as file:
                 print(header + ",".join(map(str, [done, *row.values()])), file=file)
@@ -1047,9 +1125,7 @@ class Run:
             if better:
                 write_aside(self.folder / "best.pt", lambda path: torch.save(state, path))
             state |= {k: part.state_dict() for k, part in self.parts.items()}
-            state |= {"rng": torch.get_rng_state(), "sums": self.sums, "count": self.count}
-            if self.device_type == "cuda":
-                state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+            state |= {"rng": rng, "sums": self.sums, "count": self.count}
             write_aside(self.folder / "last.pt", lambda path: torch.save(state, path))
         if self.interrupted:
             self.bar.close()
@@ -1060,6 +1136,8 @@ class Run:
     def finish(self):
         """Score the test units, once, with the best and last networks; write and return results."""
         data, args = self.data, self.args
+        if self.rank:
+            return {}
         save_preview(self)
         last = evaluate(self.predict, self.networks, data, "test")
         best_step = self.load("best.pt")["step"]

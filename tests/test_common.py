@@ -276,10 +276,10 @@ def test_deep_images_are_scaled_by_their_volume(tmp_path):
         Image.fromarray(array.astype(np.uint16)).save(tmp_path / f"{name}.png")
         np.save(tmp_path / f"{name}.npy", array.astype(np.float32))
     for ending in ("png", "npy"):
-        a, b = common.read_volume([tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"])
+        a, b = common.scale_volume([common.read_pixels(tmp_path / f"{name}.{ending}") for name in "ab"])
         assert a.dtype == np.uint8 and a.max() <= b.min() + 1  # one scale for both
         assert a.min() == 0 and b.max() == 255
-        assert common.read_volume([tmp_path / f"a.{ending}"])[0].max() == 255
+        assert common.scale_volume([common.read_pixels(tmp_path / f"a.{ending}")])[0].max() == 255
 
 
 def test_masks_of_every_kind(tmp_path):
