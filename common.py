@@ -810,6 +810,35 @@ def write_aside(path, write):
     os.replace(aside, path)
 
 
+def load_network(path, network):
+    """Copy the first network of a checkpoint that has the layers and sizes of `network`."""
+    shapes = {k: v.shape for k, v in network.state_dict().items()}
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)["networks"]
+        fits = [k for k, v in saved.items() if {n: w.shape for n, w in v.items()} == shapes]
+    except Exception as error:  # torch.load raises a dozen types
+        stop(f"--init {path} is not a checkpoint ({type(error).__name__}: {error}). Expected the "
+             "last.pt or best.pt of a run, such as that of mean_teacher.py --supervised.")
+    if not fits:
+        stop(f"--init {path} holds {some(saved)}, none with this run's layers and sizes. Expected "
+             "the U-Net of a run on the same dataset and with the same --width.")
+    network.load_state_dict(saved[fits[0]])
+    print(f"--init: starting from {fits[0]} of {path}")
+
+
+def hidden_dice(labels, data):
+    """For --debug-oracle, to print: label maps (N, S, S) against hidden masks, if there are any."""
+    def dice(i):
+        truth = np.asarray(Image.fromarray(data.truth(i)).resize(labels.shape[:0:-1], 0))
+        pairs = [(labels[i] == c, truth == c) for c in range(1, data.classes)]
+        return [s["dice"] for s in (mask_scores(*pair, distances=False) for pair in pairs) if s]
+
+    known = [i for i in data.unlabeled.indices.tolist() if data.has_mask[i]]
+    found = list(itertools.chain(*read_each(known, dice, "hidden masks")))
+    mean = f"{sum(found) / len(found):.2f}" if found else "unknown"
+    return f"Dice of pseudo-labels {mean} ({len(known)} images with hidden masks)"
+
+
 class Run:
     """One training run: device and precision, the loop's steps, log, checkpoints and scores."""
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ["mean_teacher", "cps"]
+METHODS = ["mean_teacher", "cps", "contrastive_st"]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
