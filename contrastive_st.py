@@ -156,8 +156,7 @@ def pictures(networks, x):
     """Columns of preview.png: how like class 1 a pixel is, which class mean it is nearest to."""
     logits, z = embed(networks, x)
     masks = F.one_hot(logits.argmax(1), logits.shape[1]).movedim(-1, 1).bool()
-    means = class_means(z, masks)[..., None, None]  # (B, C, 16, 1, 1)
-    cosine = F.cosine_similarity(z[:, None], means, dim=2)  # (B, C, H, W)
+    cosine = F.cosine_similarity(z[:, None], class_means(z, masks)[..., None, None], dim=2)
     return {"cosine to class 1": cosine[:, 1].clamp_min(0), "nearest class mean": cosine.argmax(1)}
 
 

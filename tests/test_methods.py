@@ -73,6 +73,8 @@ def test_equations_functions_and_tests_match_one_to_one(method):
 @methods
 def test_skeleton_is_identical(method):
     lines = source(method).split("def main")[1].splitlines()
+    if method == "contrastive_st":  # its learning rate decays anew in every round
+        lines = [line.replace("poly_decay(step - start, end - start)", "poly_decay(step, args.steps)") for line in lines]
     places = []
     for line in SKELETON:
         found = [i for i, x in enumerate(lines) if x == line]
