@@ -1,12 +1,12 @@
 """Every equation of contrastive_st.py, by hand, by naive loops, in closed form, and where its gradient goes."""
 import csv
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_folder
+from PIL import Image
 from test_methods import equal
 
 import common
@@ -227,8 +227,8 @@ def rows_of(folder):
 
 
 @pytest.mark.parametrize("matching, weight", [("inter", 0.1), ("intra", 2)])
-def test_eq7_main_total_objective_stages_and_learning_rate(options, tmp_path, matching, weight):
-    st.main(options("phantom", "--matching", matching, "--weight", str(weight), "--val-every", "1", steps=11))
+def test_eq7_main_total_objective_stages_and_learning_rate(make_dataset, options, tmp_path, matching, weight):
+    st.main(options(make_dataset(), "--matching", matching, "--weight", str(weight), "--val-every", "1", steps=11))
     rows = rows_of(run_folder(tmp_path / "runs"))
     assert [row["round"] for row in rows] == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     within = [t / n for n in (2, 3, 3, 3) for t in range(n)]
@@ -243,100 +243,114 @@ def weights_of(folder):
     return torch.load(folder / "last.pt", weights_only=True)["networks"]
 
 
-def test_labels_come_from_the_network_at_the_end_of_the_stage_before(options, tmp_path, monkeypatch):
-    """Each time that images are labelled: the weights, and what the labels must be."""
-    seen, label = [], st.pseudo_labels
+@pytest.fixture
+def states(monkeypatch):
+    """The network's weights and statistics after every step of the runs in a test."""
+    states, networks, keep, save = [], {}, common.Run.keep, common.Run.save
+
+    def keep_them(run, nets, *rest):
+        networks.update(nets)
+        keep(run, nets, *rest)
+
+    def save_them(run, step):
+        states.append({k: v.clone() for k, v in networks["network"].state_dict().items()})
+        save(run, step)
+    monkeypatch.setattr(common.Run, "keep", keep_them)
+    monkeypatch.setattr(common.Run, "save", save_them)
+    return states
+
+
+def test_labels_come_from_the_network_at_the_end_of_the_stage_before(make_dataset, options, states, monkeypatch):
+    labelers, label = [], st.pseudo_labels
 
     def spy(labeler, data, agreement, seed):
         labels, trusted = label(labeler, data, agreement, seed)
-        chunk = data.unlabeled.indices[3:6]
-        labels_again = labeler(data.load_images(chunk)).argmax(1)  # evaluation mode: no batch statistics
-        assert not labeler.training and torch.equal(torch.from_numpy(labels[chunk]).long(), labels_again)
+        index = data.unlabeled.indices
+        expected = labeler(data.load_images(index)).argmax(1)  # in evaluation mode, not augmented
+        assert not labeler.training and torch.equal(torch.from_numpy(labels[index]).long(), expected)
         assert not labels[data.indices("labeled")].any() and not labels[data.indices("test")].any()
-        seen.append({k: v.clone() for k, v in labeler.state_dict().items()})
+        labelers.append({k: v.clone() for k, v in labeler.state_dict().items()})
         return labels, trusted
     monkeypatch.setattr(st, "pseudo_labels", spy)
-    networks, keep = {}, common.Run.keep
-    monkeypatch.setattr(common.Run, "keep", lambda run, nets, *rest: (networks.update(nets), keep(run, nets, *rest)))
-    states, save = [], common.Run.save
-    monkeypatch.setattr(common.Run, "save", lambda run, step: (
-        states.append({k: v.clone() for k, v in networks["network"].state_dict().items()}), save(run, step)))
-    st.main(options("phantom", steps=8))
-    assert len(seen) == 3 and all(equal(a, states[step]) for a, step in zip(seen, (1, 3, 5), strict=True))
+    st.main(options(make_dataset(), "--lr", "0.01", steps=12))
+    assert len(labelers) == 3 and all(equal(a, states[t]) for a, t in zip(labelers, (2, 5, 8), strict=True))
 
 
-def test_stage_1_sees_no_unlabelled_image(make_dataset, options, tmp_path):
-    from PIL import Image
+def test_stage_1_sees_no_unlabelled_image(make_dataset, options, states):
+    """Noise in place of the unlabelled images: BatchNorm's statistics show it, from the first round on."""
     root = make_dataset()
-    argv = options(root, "--val-every", "1", "--no-flip", steps=8)
-    data, traces = Data(parse(parser(""), argv)), []
-    for noise in (False, True):
-        for i in data.indices("unlabeled") if noise else ():
-            pixels = np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "images" / f"{data.names[i]}.png")
-        st.main(argv)
-        traces.append([(r["loss"], r["val_dice"]) for r in rows_of(run_folder(tmp_path / "runs"))])
-    assert traces[0][:2] == traces[1][:2] and traces[0][2:] != traces[1][2:]
+    argv = options(root, steps=4)
+    data = Data(parse(parser(""), argv))
+    st.main(argv)
+    for i in data.indices("unlabeled"):
+        noise = np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)
+        Image.fromarray(noise).save(root / "images" / f"{data.names[i]}.png")
+    st.main(argv)
+    assert equal(states[0], states[4]) and not equal(states[1], states[5])
 
 
-def test_init_replaces_stage_1(options, tmp_path, capsys):
+def test_init_replaces_stage_1(make_dataset, options, tmp_path, capsys):
     import mean_teacher
-    mean_teacher.main(options("phantom", "--supervised", steps=2, out="first"))
+    root = make_dataset()
+    mean_teacher.main(options(root, "--supervised", steps=2, out="first"))
     file = run_folder(tmp_path / "first") / "last.pt"
-    st.main(options("phantom", "--init", str(file), "--val-every", "1", "--lr", "0", steps=3))
+    st.main(options(root, "--init", str(file), "--val-every", "1", "--lr", "0", steps=3))
     assert "starting from student" in capsys.readouterr().out
-    rows, nets = rows_of(run_folder(tmp_path / "runs")), weights_of(run_folder(tmp_path / "runs"))
-    assert [row["round"] for row in rows] == [1, 2, 3]
-    parameters = dict(UNet(1, 4, 8).named_parameters())  # all but BatchNorm's running statistics
+    assert [row["round"] for row in rows_of(run_folder(tmp_path / "runs"))] == [1, 2, 3]
+    parameters = dict(UNet(1, 3, 8).named_parameters())  # all but BatchNorm's running statistics
     student = torch.load(file, weights_only=True)["networks"]["student"]
+    nets = weights_of(run_folder(tmp_path / "runs"))
     assert all(torch.equal(nets["network"][k], student[k]) for k in parameters)  # lr 0: as they were given
 
 
 @pytest.mark.parametrize("content, message", [
     (None, "No such file"), ("text", "is not a checkpoint"), ("other", "holds student, teacher, none with"), ("dict", "KeyError")])
-def test_init_says_what_is_wrong(options, tmp_path, capsys, content, message):
+def test_init_says_what_is_wrong(make_dataset, options, tmp_path, capsys, content, message):
     file = tmp_path / "given.pt"
     if content == "text":
         file.write_text("no checkpoint")
     elif content == "dict":
         torch.save({"weights": 1}, file)
     elif content == "other":
-        torch.save({"networks": {name: UNet(1, 3, 8).state_dict() for name in ("student", "teacher")}}, file)
+        torch.save({"networks": {name: UNet(1, 4, 8).state_dict() for name in ("student", "teacher")}}, file)
     with pytest.raises(SystemExit) as stopped:
-        st.main(options("phantom", "--init", str(file), steps=3))
+        st.main(options(make_dataset(), "--init", str(file), steps=3))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and "Expected" in error and "--init" in error
 
 
-def test_agreement_leaves_images_out(options, tmp_path, monkeypatch):
-    """Nobody agrees to more than 1: no unlabelled image is trusted, but labelled ones still count."""
-    losses, inter = [], st.inter_loss
+@pytest.mark.parametrize("value, trusted", [("1.1", False), ("0", True)])
+def test_agreement_leaves_images_out(make_dataset, options, tmp_path, monkeypatch, value, trusted):
+    """Nobody agrees to more than 1: no unlabelled image is trusted, labelled ones still count."""
+    used, sample = [], st.sample_anchors
 
-    def spy(anchors, found, *rest):
-        losses.append(found.any(2))
-        return inter(anchors, found, *rest)
-    monkeypatch.setattr(st, "inter_loss", spy)
-    for value, trusted in (("1.1", False), ("0", True)):
-        losses.clear()
-        st.main(options("phantom", "--agreement", value, "--val-every", "1", steps=5, out=value))
-        rows = rows_of(run_folder(tmp_path / value))[1:]
-        assert {row["trusted"] for row in rows} == {float(trusted)}
-        assert all(found[:2].any() for found in losses) and any(found[2:].any() for found in losses) == trusted
+    def spy(z, masks, n):
+        used.append(masks.flatten(1).any(1))
+        return sample(z, masks, n)
+    monkeypatch.setattr(st, "sample_anchors", spy)
+    st.main(options(make_dataset(classes=2), "--agreement", value, "--val-every", "1", steps=5))
+    assert [row["trusted"] for row in rows_of(run_folder(tmp_path / "runs"))] == [0] + 4 * [float(trusted)]
+    assert all(u.tolist() == [True, True, trusted, trusted] for u in used)
 
 
-def test_agreement_draws_the_same_views_after_resume_and_leaves_the_stream_alone(options):
-    data = Data(parse(parser(""), options("phantom")))
+def test_agreement_draws_the_same_views_after_resume_and_leaves_the_stream_alone(make_dataset, options):
+    data = Data(parse(parser(""), options(make_dataset())))
     data.decode()
+
+    def labeler(x):  # three classes by brightness, so that strong views disagree
+        return -(x - torch.tensor([0.15, 0.4, 0.7]).view(1, 3, 1, 1)).abs()
     torch.manual_seed(0)
-    labeler = UNet(1, 4, 8).eval()
     state = torch.get_rng_state()
-    labels, trusted = st.pseudo_labels(labeler, data, 0.9, 5)
+    labels, trusted = st.pseudo_labels(labeler, data, 0.3, 5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(7)
-    labels_2, trusted_2 = st.pseudo_labels(labeler, data, 0.9, 5)
+    labels_2, trusted_2 = st.pseudo_labels(labeler, data, 0.3, 5)
     assert np.array_equal(labels, labels_2) and torch.equal(trusted, trusted_2)
+    torch.manual_seed(5)
+    x = data.load_images(data.unlabeled.indices)
+    a, b = (labeler(common.strong(x)).argmax(1) for _ in range(2))
     kept = trusted[data.unlabeled.indices]
-    assert kept.any() and not kept.all()
+    assert torch.equal(kept, st.dice_agreement(a, b, 3) >= 0.3) and kept.any() and not kept.all()
 
 
 def test_debug_oracle_only_prints(make_dataset, options, tmp_path, capsys):
@@ -349,7 +363,7 @@ def test_debug_oracle_only_prints(make_dataset, options, tmp_path, capsys):
         if name == "garbage":
             for stem in hidden[1:]:
                 (root / "masks" / f"{stem}.png").write_bytes(b"garbage")
-        st.main(options(root, "--val-every", "1", *more, steps=5, out=name))
+        st.main(options(root, *more, steps=4, out=name))
         out = capsys.readouterr().out
         assert out.count("Dice of pseudo-labels") == (3 if more else 0)
         assert (f"({len(hidden) - 1} images with hidden masks)" in out) == bool(more)
@@ -357,7 +371,7 @@ def test_debug_oracle_only_prints(make_dataset, options, tmp_path, capsys):
         logs.append((run_folder(tmp_path / name) / "log.csv").read_bytes())
     assert equal(weights[0], weights[1]) and equal(weights[0], weights[2]) and logs[0] == logs[1] == logs[2]
     with pytest.raises(SystemExit):
-        st.main(options(root, "--debug-oracle", steps=5))
+        st.main(options(root, "--debug-oracle", steps=2))
     assert "bad files among the hidden masks" in capsys.readouterr().err
 
 
@@ -385,8 +399,7 @@ def test_binary_data_counts_background_as_a_class(make_dataset, options, monkeyp
     assert all((covered == 1) == (classes == 2) for _, covered in shapes)  # with two, every pixel has a class
 
 
-def test_predict_reports_the_network_first(options, tmp_path):
-    results = st.main(options("phantom", steps=2))
-    assert list(results["networks"]) == ["network", "labeler"] and results["headline"]["network"] == "network"
-    saved = json.loads((run_folder(tmp_path / "runs") / "results.json").read_text())
-    assert saved["method"] == "contrastive_st"
+def test_predict_reports_the_network_first(make_dataset, options):
+    results = st.main(options(make_dataset(), steps=2))
+    assert list(results["networks"]) == ["network", "labeler"] and results["method"] == "contrastive_st"
+    assert results["headline"]["network"] == "network"
