@@ -153,11 +153,11 @@ def embed(networks, x):
 
 
 def pictures(networks, x):
-    """Columns of preview.png: how like class 1 a pixel is, which class mean it is nearest to."""
+    """Columns of preview.png: which class mean each embedding is most like, and how unlike it."""
     logits, z = embed(networks, x)
     masks = F.one_hot(logits.argmax(1), logits.shape[1]).movedim(-1, 1).bool()
     cosine = F.cosine_similarity(z[:, None], class_means(z, masks)[..., None, None], dim=2)
-    return {"cosine to class 1": cosine[:, 1].clamp_min(0), "nearest class mean": cosine.argmax(1)}
+    return {"nearest class mean": cosine.argmax(1), "distance to it": 1 - cosine.amax(1)}
 
 
 def pseudo_labels(labeler, data, agreement, seed):
@@ -203,11 +203,11 @@ def main(argv=None):
     labels = None
 
     for step in run.steps():
-        # new round: the network becomes the labeler
+        # new round: the network becomes the labeler, unlabelled images get labels
         stage = sum(step >= start for start in starts)  # 0 is stage 1, then rounds 1, 2, 3
         start, end = [0, *starts][stage:stage + 2]
-        if stage and (step == start or labels is None):  # None: after --resume within a round
-            if step == start:
+        if stage and (step == start or labels is None):  # None: --resume within a round
+            if step == start:  # else the labeler came with the checkpoint
                 labeler.load_state_dict(network.state_dict())
             labels, trusted = pseudo_labels(labeler, data, args.agreement, args.seed + stage)
             if args.debug_oracle:

@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run_folder
+from conftest import equal, run_folder
 from PIL import Image
-from test_methods import equal
 
 import common
 import contrastive_st as st
@@ -222,6 +221,10 @@ def test_eq6_dice_agreement_naive_loop():
         assert value == pytest.approx(sum(scores) / 300)
 
 
+def weights_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["networks"]
+
+
 def rows_of(folder):
     return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(open(folder / "log.csv"))]
 
@@ -241,10 +244,6 @@ def test_eq7_main_total_objective_stages_and_learning_rate(make_dataset, options
         assert (row["cont"] > 0) == (row["trusted"] == 1) == (row["round"] > 0)
 
 
-def weights_of(folder):
-    return torch.load(folder / "last.pt", weights_only=True)["networks"]
-
-
 @pytest.fixture
 def states(monkeypatch):
     """The network's weights and statistics after every step of the runs in a test."""
@@ -262,8 +261,9 @@ def states(monkeypatch):
     return states
 
 
-def test_labels_come_from_the_network_at_the_end_of_the_stage_before(make_dataset, options, states, monkeypatch):
-    labelers, label = [], st.pseudo_labels
+def test_labels_come_from_the_network_at_the_end_of_the_stage_before(make_dataset, options, tmp_path, states, monkeypatch):
+    """Also after a run that was killed in step 5, when its round had begun at 3 and its checkpoint was of 4."""
+    labelers, label, save = [], st.pseudo_labels, common.Run.save
 
     def spy(labeler, data, agreement, seed):
         labels, trusted = label(labeler, data, agreement, seed)
@@ -273,9 +273,22 @@ def test_labels_come_from_the_network_at_the_end_of_the_stage_before(make_datase
         assert not labels[data.indices("labeled")].any() and not labels[data.indices("test")].any()
         labelers.append({k: v.clone() for k, v in labeler.state_dict().items()})
         return labels, trusted
+
+    def killed(run, step):
+        if step == 4:
+            raise KeyboardInterrupt
+        save(run, step)
     monkeypatch.setattr(st, "pseudo_labels", spy)
-    st.main(options(make_dataset(), "--lr", "0.01", steps=12))
+    argv = options(make_dataset(), "--lr", "0.01", "--val-every", "4", steps=12)
+    st.main(argv)
     assert len(labelers) == 3 and all(equal(a, states[t]) for a, t in zip(labelers, (2, 5, 8), strict=True))
+    monkeypatch.setattr(common.Run, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        st.main([*argv, "--out", str(tmp_path / "killed")])
+    monkeypatch.setattr(common.Run, "save", save)
+    st.main([*argv, "--out", str(tmp_path / "killed"), "--resume"])
+    assert len(labelers) == 7 and all(equal(labelers[i], labelers[j]) for i, j in ((3, 0), (4, 0), (5, 1), (6, 2)))
+    assert equal(*(weights_of(run_folder(tmp_path / out)) for out in ("runs", "killed")))
 
 
 def test_stage_1_sees_no_unlabelled_image(make_dataset, options, states):

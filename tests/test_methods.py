@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, ROOT, run_folder
+from conftest import METHODS, ROOT, equal, run_folder
 
 import common
 
@@ -159,15 +159,6 @@ def test_same_seed_same_run_and_hidden_masks_stay_hidden(method, make_dataset, o
         traces.append(((folder / "log.csv").read_bytes(), weights))
     assert traces[0][0] == traces[1][0] == traces[2][0] != traces[3][0]
     assert equal(traces[0][1], traces[1][1]) and equal(traces[0][1], traces[2][1])
-
-
-def equal(a, b):
-    """Bit for bit, through dictionaries, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 @methods
