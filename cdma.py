@@ -199,7 +199,8 @@ def main(argv=None):
     run.keep(networks, [optimizer], predict, pictures)
     with torch.device("meta"):  # shapes only
         plain = UNet(data.channels, data.classes, args.width)
-    print(f"the plain U-Net has {sum(p.numel() for p in plain.parameters()) / 1e6:.2f} M")
+    counts = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (network, plain)]
+    print("parameters: three branches {:.2f} M, the plain U-Net {:.2f} M".format(*counts))
 
     for step in run.steps():
         # 1 batch

@@ -908,6 +908,34 @@ def write_aside(path, write):
     os.replace(aside, path)
 
 
+def load_network(path, network):
+    """Copy the first network of a checkpoint that has the layers and sizes of `network`."""
+    shapes = {k: v.shape for k, v in network.state_dict().items()}
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)["networks"]
+        fits = [k for k, v in saved.items() if {n: w.shape for n, w in v.items()} == shapes]
+    except Exception as error:  # torch.load raises a dozen types
+        stop(f"--init {path} is not a checkpoint ({type(error).__name__}: {error}). Expected the "
+             "last.pt or best.pt of a run, such as that of mean_teacher.py --supervised.")
+    if not fits:
+        stop(f"--init {path} holds {some(saved)}, none with this run's layers and sizes. Expected "
+             "the U-Net of a run on the same dataset and with the same --width.")
+    network.load_state_dict(saved[fits[0]])
+    print(f"--init: starting from {fits[0]} of {path}")
+
+
+def hidden_dice(labels, data):
+    """For --debug-oracle, to print: label maps (N, S, S) against hidden masks, if there are any."""
+    known, found = [i for i in data.unlabeled.indices.tolist() if data.has_mask[i]], []
+    for i, mask in hidden_masks(data, known):
+        mask = np.asarray(Image.fromarray(mask).resize(labels.shape[:0:-1], Image.NEAREST))
+        for c in range(1, data.classes):
+            scores = mask_scores(labels[i] == c, mask == c, distances=False)
+            found += [scores["dice"]] if scores else []
+    mean = f"{sum(found) / len(found):.2f}" if found else "unknown"
+    return f"Dice of pseudo-labels {mean} ({len(known)} images with hidden masks)"
+
+
 class Run:
     """One training run: device and precision, the loop's steps, log, checkpoints and scores."""
 

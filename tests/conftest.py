@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ["mean_teacher", "cps", "ucmt", "cdma", "mlds"]
+METHODS = ["mean_teacher", "cps", "ucmt", "cdma", "mlds", "contrastive_st"]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
@@ -56,3 +56,12 @@ def options(tmp_path):
 def run_folder(out):
     """The newest run folder below `out`."""
     return max(out.glob("*/*"), key=lambda p: p.stat().st_mtime_ns)
+
+
+def equal(a, b):
+    """Bit for bit, through dictionaries, lists and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b

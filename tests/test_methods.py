@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, ROOT, run_folder
+from conftest import METHODS, ROOT, equal, run_folder
 
 import common
 
@@ -73,6 +73,8 @@ def test_equations_functions_and_tests_match_one_to_one(method):
 @methods
 def test_skeleton_is_identical(method):
     lines = source(method).split("def main")[1].splitlines()
+    if method == "contrastive_st":  # its learning rate decays anew in every round
+        lines = [line.replace("poly_decay(step - start, end - start)", "poly_decay(step, args.steps)") for line in lines]
     places = []
     for line in SKELETON:
         found = [i for i, x in enumerate(lines) if x == line or line.endswith("(") and x.startswith(line)]
@@ -159,15 +161,6 @@ def test_same_seed_same_run_and_hidden_masks_stay_hidden(method, make_dataset, o
     assert equal(traces[0][1], traces[1][1]) and equal(traces[0][1], traces[2][1])
 
 
-def equal(a, b):
-    """Bit for bit, through dictionaries, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
 @methods
 def test_interrupted_and_resumed_equals_uninterrupted(method, options, tmp_path, monkeypatch, capsys):
     main = importlib.import_module(method).main
@@ -185,16 +178,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(method, options, tmp_path,
     save = common.Run.save
 
     def arm_after_10(run, step):
-        ctrl_c.armed = ctrl_c.armed or step == 9
+        ctrl_c.armed = ctrl_c.armed or step in (8, 9)
         save(run, step)
     monkeypatch.setattr(common.Run, "log", ctrl_c)
     monkeypatch.setattr(common.Run, "save", arm_after_10)
     with pytest.raises(SystemExit) as stopped:
         main([*argv, "--out", str(tmp_path / "parts")])
-    assert stopped.value.code == 130 and "saved at step 13" in capsys.readouterr().out
+    done = 10 + 3 * (2 if method == "ucmt" else 1)
+    assert stopped.value.code == 130 and f"saved at step {done}" in capsys.readouterr().out
     monkeypatch.undo()
     with open(run_folder(tmp_path / "parts") / "log.csv", "a") as file:
-        file.write("14,0.5")  # as a kill in the middle of a row leaves it
+        file.write(f"{done + 1},0.5")  # as a kill in the middle of a row leaves it
     main([*argv, "--out", str(tmp_path / "parts"), "--resume"])
     whole, parts = run_folder(tmp_path / "whole"), run_folder(tmp_path / "parts")
     assert whole.name == parts.name and len(list(parts.parent.iterdir())) == 1
@@ -234,11 +228,13 @@ def test_resume_without_a_checkpoint_starts_at_0_and_says_so(options, capsys):
 @methods
 def test_committed_trace(method, options, tmp_path):
     """The losses of 5 steps, to 1e-3. After a numbers-changing commit: python tests/make_traces.py"""
-    importlib.import_module(method).main(options("phantom", "--val-every", "1", steps=5))
+    importlib.import_module(method).main(options("phantom", "--val-every", "1", steps=6 if method == "ucmt" else 5))
     rows = list(csv.DictReader(open(run_folder(tmp_path / "runs") / "log.csv")))
     committed = json.loads((ROOT / "tests" / "traces.json").read_text())[method]
     for key, values in committed.items():
-        assert [float(r[key]) for r in rows] == pytest.approx(values, rel=1e-3), key
+        # an agreement counts pixels: another machine's rounding moves a few of 4096
+        pixels = 3e-3 if key in ("agreement", "trusted") else 0
+        assert [float(r[key]) for r in rows] == pytest.approx(values, rel=1e-3, abs=pixels), key
     assert set(committed) == set(rows[0]) - {"step", "val_dice"}
 
 

@@ -1,0 +1,260 @@
+"""Contrastive self-training.
+
+"Local contrastive loss with pseudo-label based self-training for semi-supervised medical image
+segmentation", K. Chaitanya, E. Erdil, N. Karani, E. Konukoglu, Medical Image Analysis 2023,
+https://arxiv.org/abs/2112.09645
+
+Idea
+    A network trained on labelled images labels the unlabelled ones. These pseudo-labels are wrong
+    in places, so they never train the classifier, only the features below it: a small head gives
+    every pixel an embedding, and a few pixels of each class are pulled towards the mean embedding
+    of their class, in their own image and in another, and away from the other classes' means.
+    A mean over a region forgives wrong pixels. The better network labels again, in three rounds.
+
+        x_u ---> labeler, the network when the round began ---> ŷ_u, kept for the round
+        x_l ------> network ---> P ----- supervised loss ------ y
+        x_l, x_u -> network without its last layer ---> head ---> z --- contrastive loss --- y, ŷ_u
+
+Run
+    python contrastive_st.py                                     # the built-in phantom
+    python contrastive_st.py --data PATH --labeled 10%
+    python contrastive_st.py --data PATH --labeled 10% --init FOLDER/last.pt   # skips stage 1
+
+Equations (numbers are this file's)
+    Eq. (1)  class_means     z̄_k, the mean embedding of each class in each image
+    Eq. (2)  sample_anchors  a few pixels of each class in each image
+    Eq. (3)  log_match       log q_k(z): which of the means z is like
+    Eq. (4)  intra_loss      anchors and the means of their own image
+    Eq. (5)  inter_loss      anchors and the means of a pair of images
+    Eq. (6)  dice_agreement  how alike two label maps are, for --agreement
+    Eq. (7)  main            L = L_sup(x_l, y) + λ L_cont(x_l, y, x_u, ŷ_u)
+
+Differences
+    1. From the paper: the network at the end of a stage labels, its learning rate being near 0 (the
+       paper: the best on validation); no CRF cleans its labels. The stages' lengths are [ours].
+    2. With two classes background is a class too [ours]: with one, Eq. (4) would be constant.
+    3. From the authors' code: the mean over all terms is taken once (theirs divides inside its loop
+       over pairs), images may lack a class, and one strong view of an image serves both losses.
+    4. AdamW, CE + Dice as in all six files. Labelled and unlabelled images pass separately, so that
+       BatchNorm never mixes them. The unlabelled stream holds no labelled image.
+"""
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+from common import Data, Run, UNet, parse, parser, poly_decay, set_lr, strong, supervised_loss
+
+WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
+EMBEDDING = 16  # [paper] channels of the head
+TAU = 0.1  # [paper] temperature
+ANCHORS = 3  # [paper] pixels sampled for each class and image
+ROUNDS = 3  # [paper] after stage 1, which trains on labelled images alone
+
+# ------------------------------------------------------------------------------------------ Modules
+
+
+def projection_head(c_in, c_out):
+    """h_φ: features (B, c_in, H, W) -> embeddings z (B, c_out, H, W), each pixel for itself."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out),
+                         nn.ReLU(True), nn.Conv2d(c_out, c_out, 1))
+
+
+# ---------------------------------------------------------------------------------------- Equations
+
+
+def class_means(z, masks):
+    """Eq. (1): z̄_k = Σ_{p in Ω_k} z_p / |Ω_k|.
+
+    z (B, D, H, W), masks (B, K, H, W) bool, the Ω_k -> (B, K, D), 0 where an image lacks the class.
+    Gradient flows into all pixels of Ω_k. Example: pixels 1, 3 and 8, the class at 1 and 3: 2.
+    """
+    sums = torch.einsum("bdhw,bkhw->bkd", z, masks.to(z.dtype))
+    return sums / masks.sum((2, 3)).clamp_min(1)[:, :, None]
+
+
+def sample_anchors(z, masks, n):
+    """Eq. (2): z_a = z[p_a], a = 1..n, p_a ~ U(Ω_k) without repetition, for each image and class.
+
+    z (B, D, H, W), masks (B, K, H, W) bool -> (B, K, n, D), found (B, K, n) bool: False where a
+    class has fewer than n pixels. Gradient flows into the sampled pixels.
+    """
+    scores = torch.rand(masks.shape, device=z.device).masked_fill(~masks, -1)
+    scores, pixels = scores.flatten(2).topk(n)  # the pixels of the n largest random numbers
+    image = torch.arange(len(z), device=z.device)[:, None, None]
+    return z.flatten(2).movedim(1, 2)[image, pixels], scores >= 0
+
+
+def log_match(anchors, means, present, tau):
+    """Eq. (3): log q_k(z) = cos(z, z̄_k) / τ − log Σ_j exp(cos(z, z̄_j) / τ), j the present means.
+
+    anchors (B, K, n, D), means (B, M, D), present (B, M) bool -> (B, K, n, M). Gradient: into both.
+    """
+    cosine = F.cosine_similarity(anchors[:, :, :, None], means[:, None, None], dim=-1)
+    return (cosine / tau).masked_fill(~present[:, None, None], -1e4).log_softmax(-1)  # e^-1e4 = 0
+
+
+def intra_loss(anchors, found, means, present, tau):
+    """Eq. (4): L_intra = mean of −log q_c(z) over the anchors z, c being z's class.
+
+    anchors (B, K, n, D), found (B, K, n), means (B, K, D), present (B, K) -> scalar, 0 without an
+    anchor. Gradient flows into anchors and means. Example: K present classes, equal means: log K.
+    """
+    log_q = log_match(anchors, means, present, tau).diagonal(dim1=1, dim2=3).movedim(2, 1)
+    return -log_q.where(found, 0).sum() / found.sum().clamp_min(1)
+
+
+def inter_loss(anchors, found, means, present, tau):
+    """Eq. (5): L_inter = mean of −log q_c(z) and −log q_c'(z) over pairs x, x' and their anchors z.
+
+    c: z's class in its own image, c': in the other, if it has the class; both images' means are in
+    the denominator. Pairs: first and last of the batch, and so on. Arguments as in Eq. (4).
+    """
+    means, present = (torch.cat([m, m.flip(0)], 1) for m in (means, present))  # (B, 2K, ...)
+    same = torch.eye(anchors.shape[1], device=means.device).bool().repeat(1, 2)  # (K, 2K)
+    positive = found[..., None] & same[:, None] & present[:, None, None]  # (B, K, n, 2K)
+    log_q = log_match(anchors, means, present, tau)
+    return -log_q.where(positive, 0).sum() / positive.sum().clamp_min(1)
+
+
+def dice_agreement(label_1, label_2, classes):
+    """Eq. (6): A = mean over foreground classes of 2 |a ∩ b| / (|a| + |b|), 1 if both are empty.
+
+    label maps (B, H, W) twice -> (B,); no gradient. Example: a of 3 pixels inside b of 5: 3/4.
+    """
+    k = torch.arange(1, classes, device=label_1.device)[:, None, None]
+    a, b = label_1[:, None] == k, label_2[:, None] == k  # (B, K, H, W)
+    both, total = (a & b).sum((2, 3)), a.sum((2, 3)) + b.sum((2, 3))
+    return ((2 * both + (total == 0)) / (total + (total == 0))).mean(1)
+
+
+# ----------------------------------------------------------------------------------------- Networks
+
+
+def build(channels, classes, width):
+    """The network, its head, and the network as it was when the round began: {name: network}."""
+    network = UNet(channels, classes, width)
+    labeler = copy.deepcopy(network).requires_grad_(False).eval()
+    return {"network": network, "head": projection_head(width, EMBEDDING), "labeler": labeler}
+
+
+def predict(networks, x):
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}, the reported one first."""
+    return {name: networks[name](x).softmax(1) for name in ("network", "labeler")}
+
+
+def embed(networks, x):
+    """Images (B, channels, H, W) -> logits (B, C, H, W), embeddings (B, 16, H, W), float32."""
+    network, head, _ = networks.values()
+    features = network.decoder(network.encoder(x))[-1]
+    return network.head(features).float(), head(features).float()
+
+
+def pictures(networks, x):
+    """Columns of preview.png: which class mean each embedding is most like, and how unlike it."""
+    logits, z = embed(networks, x)
+    masks = F.one_hot(logits.argmax(1), logits.shape[1]).movedim(-1, 1).bool()
+    cosine = F.cosine_similarity(z[:, None], class_means(z, masks)[..., None, None], dim=2)
+    return {"nearest class mean": cosine.argmax(1), "distance to it": 1 - cosine.amax(1)}
+
+
+def pseudo_labels(labeler, data, agreement, seed):
+    """-> labels (N, S, S) uint8 of the unlabelled images as they are; trusted (N,) bool."""
+    labels = torch.zeros(len(data.names), *data.images.shape[2:], dtype=torch.uint8)
+    trusted, cuda = torch.ones(len(labels), dtype=torch.bool), "cuda" in data.args.device
+    with torch.no_grad(), torch.random.fork_rng([data.args.device] * cuda):
+        torch.manual_seed(seed)  # the same views after --resume
+        for chunk in data.unlabeled.indices.split(16):
+            x = data.load_images(chunk)
+            labels[chunk] = labeler(x).argmax(1).byte().cpu()
+            if agreement > 0:
+                views = [labeler(strong(x)).argmax(1) for _ in range(2)]
+                trusted[chunk] = dice_agreement(*views, data.classes).cpu() >= agreement
+    return labels.numpy(), trusted
+
+
+def main(argv=None):
+    # options
+    options = parser(__doc__)
+    add = options.own.add_argument
+    add("--weight", type=float, default=0.1, help="λ of L_cont (%(default)s) [paper]")
+    add("--matching", choices=["inter", "intra"], default="inter", help="L_cont: Eq. (5) or (4)")
+    add("--init", metavar="FILE", help="start from a run's best.pt or last.pt, without stage 1")
+    add("--agreement", type=float, default=0.0, help="least Eq. (6) of two views' labels (0: off)")
+    add("--debug-oracle", action="store_true", help="print how good labels are, by hidden masks")
+    args = parse(options, argv)
+    loss_of = inter_loss if args.matching == "inter" else intra_loss
+
+    # data, run, networks, optimizer
+    data = Data(args)
+    run = Run("contrastive_st", args, data)
+    networks = run.place(build(data.channels, data.classes, args.width))
+    network, head, labeler = networks.values()
+    if args.init:
+        common.load_network(args.init, network)
+    parameters = [*network.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
+    run.keep(networks, [optimizer], predict, pictures)
+    first = 0 if args.init else max(1, args.steps // 4)  # [ours] steps of stage 1
+    starts = [first + k * (args.steps - first) // ROUNDS for k in range(ROUNDS + 1)]
+    classes = torch.arange(0 if data.classes == 2 else 1, data.classes, device=args.device)
+    labels = None
+
+    for step in run.steps():
+        # new round: the network becomes the labeler, unlabelled images get labels
+        stage = sum(step >= start for start in starts)  # 0 is stage 1, then rounds 1, 2, 3
+        start, end = [0, *starts][stage:stage + 2]
+        if stage and (step == start or labels is None):  # None: --resume within a round
+            if step == start:  # else the labeler came with the checkpoint
+                labeler.load_state_dict(network.state_dict())
+            labels, trusted = pseudo_labels(labeler, data, args.agreement, args.seed + stage)
+            if args.debug_oracle:
+                run.bar.write(f"round {stage}: {common.hidden_dice(labels, data)}")
+
+        # 1 batch
+        x_l, y_l, x_u, map_u, index_u = data.batch(maps=labels)
+
+        # 2 views
+        x_ls, x_us = strong(x_l), strong(x_u)
+
+        # 3 targets
+        # none to make: map_u was made when the round began, and moved with x_u
+
+        # 4 losses
+        with run.autocast():
+            logits_l, z_l = embed(networks, x_ls)
+        loss_sup = supervised_loss(logits_l, y_l)
+        loss_cont = lam = agreement = trust = torch.zeros(())
+        if stage:  # stage 1 passes no unlabelled image, for BatchNorm's sake
+            with run.autocast():
+                logits_u, z_u = embed(networks, x_us)
+            masks = torch.cat([y_l, map_u])[:, None] == classes[:, None, None]  # (B, K, H, W)
+            masks[len(y_l):] &= trusted[index_u].to(args.device)[:, None, None, None]
+            z = torch.cat([z_l, z_u])
+            anchors, found = sample_anchors(z, masks, ANCHORS)
+            loss_cont = loss_of(anchors, found, class_means(z, masks), masks.any(3).any(2), TAU)
+            lam, trust = args.weight, trusted[index_u].float().mean()
+            agreement = (logits_u.argmax(1) == map_u).float().mean()
+        loss = loss_sup + lam * loss_cont  # Eq. (7)
+
+        # 5 step
+        lr = set_lr(optimizer, args.lr * poly_decay(step - start, end - start))
+        optimizer.zero_grad(set_to_none=True)
+        run.backward(loss)
+        run.update(optimizer)
+
+        # 6 teacher
+        # none within a round: the labeler waits for the next one
+
+        # 7 log, validate, save
+        run.log(loss=loss, sup=loss_sup, cont=loss_cont, lam=lam, round=stage, agreement=agreement,
+                trusted=trust, lr=lr)
+        run.save(step)
+
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main()
