@@ -1342,6 +1342,30 @@ def predict_images(args):
         stop(f"{len(bad)} files could not be read: {some([p.name for p in bad])}", status=1)
 
 
+def save_strips(rows, out):
+    """For each dataset a picture of the same test images by the first run of each row."""
+    for dataset in {order[0] for order in rows}:
+        sheet, data = {}, None
+        for (name, _, labeled, _, method), runs in sorted(rows.items()):
+            folder, results = next(iter(runs.values()))
+            if name != dataset:
+                continue
+            if data is None:
+                args = json.loads((folder / "args.json").read_text()) | {"device": "cpu"}
+                data = Data(argparse.Namespace(**args))
+                data.decode()
+                volumes = list(data.volumes("test").values())
+                chosen = [v[len(v) // 2] for v in volumes[::max(1, len(volumes) // 4)]][:4]
+                x, y = data.load_images(chosen), data.load_labels(chosen)
+                sheet = {"image": list(map(overlay, x, 0 * y)), "truth": list(map(overlay, x, y))}
+            state, networks, predict = load_run(folder, "cpu")
+            with evaluating(networks):
+                labels = predict(networks, x)[state["reported"][0]].argmax(1)
+            title = f"{method}\n{labeled}, Dice {results['headline']['dice']:.1f}"
+            sheet[title] = list(map(overlay, x, labels))
+        save_sheet(out / f"{dataset}.png", sheet)
+
+
 def compare(folders, out):
     """A table of runs as Markdown and CSV, and a strip of test images; see the README."""
     found, known, rows = [], {}, {}
@@ -1401,27 +1425,7 @@ def compare(folders, out):
     with open(out / "comparison.csv", "w", newline="") as file:
         csv.writer(file).writerows(table)
     print("\n".join(lines))
-    for dataset in {order[0] for order in rows}:
-        sheet = {}
-        for order, runs in sorted(rows.items()):
-            if order[0] == dataset:
-                folder, results = next(iter(runs.values()))
-                args = argparse.Namespace(**json.loads((folder / "args.json").read_text()))
-                args.device, args.options = "cpu", {}
-                if not sheet:
-                    data = Data(args)
-                    data.decode()
-                    volumes = list(data.volumes("test").values())
-                    chosen = [v[len(v) // 2] for v in volumes[::max(1, len(volumes) // 4)]][:4]
-                    x, y = data.load_images(chosen), data.load_labels(chosen)
-                    sheet = {"image": list(map(overlay, x, 0 * y))}
-                    sheet["truth"] = list(map(overlay, x, y))
-                state, networks, predict = load_run(folder, "cpu")
-                with evaluating(networks):
-                    labels = predict(networks, x)[state["reported"][0]].argmax(1)
-                title = f"{order[4]}\n{order[2]}, Dice {results['headline']['dice']:.1f}"
-                sheet[title] = list(map(overlay, x, labels))
-        save_sheet(out / f"{dataset}.png", sheet)
+    save_strips(rows, out)
     print(f"comparison.md, comparison.csv and a picture of each dataset are in {out}")
 
 

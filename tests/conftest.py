@@ -1,4 +1,5 @@
 """pytest from the project's folder. One thread, tiny sizes, and everything in one process."""
+import functools
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["mean_teacher", "cps", "ucmt", "cdma", "mlds", "contrastive_st"]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+
+import common  # noqa: E402 - after the path
+
+common.phantom = functools.cache(common.phantom)  # a second for each of a hundred runs otherwise
 
 
 def draw_case(rng, size, classes, channels):
