@@ -524,6 +524,8 @@ def list_files(root):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             name = MASK_SUFFIX.sub("", path.stem) if files is masks else path.stem
             if path.suffix.lower() in ENDINGS and not name.startswith("."):
+                if not path.is_file():
+                    stop(f"{path} is a folder or a broken link, not an image. Remove it.")
                 other = files.setdefault(name, path)
                 if other != path:
                     stop(f"two files for {name}: {other.name} and {path.name}. Keep one.")
@@ -632,7 +634,7 @@ def read_pixels(path, mask=False):
     """(H, W) or (H, W, 3) as stored; of palettes the colours, in masks (if not 0/255) indices."""
     try:
         if path.suffix.lower() == ".npy":
-            array = np.load(path)
+            array = np.load(path, allow_pickle=False)
         else:
             with Image.open(path) as image:
                 if getattr(image, "n_frames", 1) > 1:
@@ -833,8 +835,8 @@ def annotations(data, kind, spec):
     """
     found, number = {}, {name: i for i, name in enumerate(data.names)}
     for path in [] if data.phantom else sorted(Path(data.args.data, kind).glob("[!.]*.txt")):
-        if path.stem not in number:
-            stop(f"{path}: no image has this name. Rename or remove the file.")
+        if path.stem not in number or not path.is_file():
+            stop(f"{path} is not a file with an image's name. Rename or remove it.")
         found[number[path.stem]] = read_boxes(path, kind, data.classes)
     hidden = [i for i in data.indices("unlabeled") if data.has_mask[i]]
     order = np.random.default_rng(data.args.split_seed).permutation(sorted(set(data.units)))
