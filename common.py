@@ -824,7 +824,7 @@ def hidden_masks(data, indices):
         try:
             yield i, data.truth(i)
         except ValueError as error:
-            stop(f"a hidden mask: {error}")
+            stop(f"bad file among the hidden masks: {error}")
 
 
 def annotations(data, kind, spec):
@@ -836,7 +836,7 @@ def annotations(data, kind, spec):
     found, number = {}, {name: i for i, name in enumerate(data.names)}
     for path in [] if data.phantom else sorted(Path(data.args.data, kind).glob("[!.]*.txt")):
         if path.stem not in number or not path.is_file():
-            stop(f"{path} is not a file with an image's name. Rename or remove it.")
+            stop(f"{path}: no image has this name, or it is no file. Rename or remove it.")
         found[number[path.stem]] = read_boxes(path, kind, data.classes)
     hidden = [i for i in data.indices("unlabeled") if data.has_mask[i]]
     order = np.random.default_rng(data.args.split_seed).permutation(sorted(set(data.units)))

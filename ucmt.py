@@ -1,7 +1,7 @@
 """UCMT: uncertainty-guided collaborative mean teacher.
 
 "Co-training with high-confidence pseudo labels for semi-supervised medical image segmentation",
-Z. Shen, P. Cao, H. Yang, X. Liu, J. Yang, O. R. Zaiane, IJCAI 2023, https://arxiv.org/abs/2301.04465
+Z. Shen, P. Cao, H. Yang, X. Liu, J. Yang, O. Zaiane, IJCAI 2023, https://arxiv.org/abs/2301.04465
 
 Idea
     Two networks that teach each other soon agree, mistakes included. Here two students, each with
@@ -18,7 +18,7 @@ Idea
 Run
     python ucmt.py                                       # the built-in phantom
     python ucmt.py --data PATH --labeled 10%
-    python ucmt.py --data PATH --labeled 10% --teacher-mix 0.5   # see Differences, 1
+    python ucmt.py --data PATH --labeled 10% --teacher-mix 0.5  # see Differences, 1
 
 Equations (numbers are this file's)
     Eq. (1)  dice_loss    soft Dice of a network's probabilities with hard labels
@@ -137,7 +137,7 @@ def ema_decay(step, decay):
 def ema_update(teacher, student_1, student_2, mix, alpha):
     """Eq. (7): θ_T ← α θ_T + (1 − α) (β θ_1 + (1 − β) θ_2), in place, β = mix, for every parameter.
 
-    three modules of one architecture. No gradient. BatchNorm's buffers are left alone.
+    modules of one architecture. No gradient. BatchNorm's buffers are left alone.
     """
     parameters = (network.parameters() for network in (teacher, student_1, student_2))
     with torch.no_grad():
@@ -166,9 +166,8 @@ def pictures(networks, x, grid=16, k=2):
     u_1, u_2 = uncertainty(probs_1, probs_t, grid), uncertainty(probs_2, probs_t, grid)
     pixel = torch.arange(x[:, 0].numel(), device=x.device).view(-1, *x.shape[2:])
     swapped, mixed = (umix(pixel, u_1, u_2, k) != pixel).long(), umix(x, u_1, u_2, k)
-    u_1, u_2 = F.interpolate(torch.stack([u_1, u_2], 1), x.shape[2:]).unbind(1)  # (B, H, W)
-    return {"uncertainty 1": u_1, "uncertainty 2": u_2, "UMIX image": mixed,
-            "swapped patches": (mixed, swapped)}
+    maps = F.interpolate(torch.stack([u_1, u_2], 1), x.shape[2:])  # (B, 2, H, W)
+    return {"uncertainty 1": maps[:, 0], "uncertainty 2": maps[:, 1], "patches": (mixed, swapped)}
 
 
 def main(argv=None):

@@ -14,7 +14,7 @@ traces = {}
 for method in METHODS:
     with tempfile.TemporaryDirectory() as folder:
         steps = 6 if method == "ucmt" else 5
-        argv = f"--data phantom --size 32 --width 8 --steps {steps} --device cpu --batch-size 2 --unlabeled-batch 2 --labeled 3"
+        argv = f"--data phantom --size 32 --width 4 --steps {steps} --device cpu --batch-size 2 --unlabeled-batch 2 --labeled 3"
         importlib.import_module(method).main([*argv.split(), "--val-every", "1", "--out", folder])
         rows = list(csv.DictReader(open(run_folder(Path(folder)) / "log.csv")))
     traces[method] = {k: [round(float(r[k]), 7) for r in rows] for k in rows[0] if k not in ("step", "val_dice")}

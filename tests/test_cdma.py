@@ -176,7 +176,7 @@ def test_every_branch_and_the_mean_are_reported_csa_first(options, capsys):
     assert list(results["networks"]) == ["CSA", "CA", "SA", "mean"]
     out = capsys.readouterr().out
     branches, plain = (sum(p.numel() for p in net.parameters()) / 1e6
-                       for net in (cdma.build(1, 4, 8)["three branches"], cdma.UNet(1, 4, 8)))
+                       for net in (cdma.build(1, 4, 4)["three branches"], cdma.UNet(1, 4, 4)))
     assert f"three branches {branches:.2f} M, the plain U-Net {plain:.2f} M" in out
 
 

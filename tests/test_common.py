@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import full_phantom
 from PIL import Image
 
 import common
@@ -369,7 +370,8 @@ def test_two_builders_of_one_cache(make_dataset, options, tmp_path, monkeypatch)
     assert len(list((tmp_path / "cache").iterdir())) == 2  # images, masks, nothing half built
 
 
-def test_phantom_as_files_is_the_phantom(tmp_path, options, capsys):
+def test_phantom_as_files_is_the_phantom(tmp_path, options, capsys, monkeypatch):
+    monkeypatch.setattr(common, "phantom", full_phantom)
     common.main(["phantom", "--out", str(tmp_path / "ph"), "--size", "32"])
     memory = Data(parse(parser(""), options()))
     files = Data(parse(parser(""), options(tmp_path / "ph")))
@@ -378,7 +380,7 @@ def test_phantom_as_files_is_the_phantom(tmp_path, options, capsys):
     assert memory.split == files.split and np.array_equal(memory.images, files.images)
     assert np.array_equal(memory.labels, files.labels) and memory.classes == files.classes == 4
     start = time.perf_counter()
-    common.phantom(64)
+    full_phantom(64)
     assert time.perf_counter() - start < 4  # two seconds on a quiet machine
 
 
@@ -396,7 +398,7 @@ def test_check_reports_a_dataset(make_dataset, options, tmp_path, capsys):
 def test_two_runs_never_share_a_folder(options, tmp_path):
     args = parse(parser(""), options())
     folders = [Run("x", args, Data(args)).folder.name for _ in range(3)]
-    assert folders == [f"x-3-seed0-batch_size_2-size_32-steps_4-unlabeled_batch_2-width_8{s}" for s in ("", "-2", "-3")]
+    assert folders == [f"x-3-seed0-batch_size_2-size_32-steps_4-unlabeled_batch_2-width_4{s}" for s in ("", "-2", "-3")]
     saved = json.loads((tmp_path / "runs" / "phantom" / folders[0] / "args.json").read_text())
     assert saved["steps"] == 4 and saved["precision"] == "fp32" and saved["device"] == "cpu"
 
@@ -416,7 +418,7 @@ def test_checkpoint_is_whole_or_old(tmp_path):
 def test_a_term_that_is_not_finite_stops_the_run(options, tmp_path, capsys):
     args = parse(parser(""), options("phantom", "--val-every", "4"))
     run = Run("x", args, Data(args))
-    net = UNet(1, 4, 8)
+    net = UNet(1, 4, 4)
     run.keep({"net": net}, [], lambda nets, x: {"net": nets["net"](x).softmax(1)}, None)
     with pytest.raises(SystemExit) as stopped:
         for step in run.steps():

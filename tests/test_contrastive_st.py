@@ -312,7 +312,7 @@ def test_init_replaces_stage_1(make_dataset, options, tmp_path, capsys):
     st.main(options(root, "--init", str(file), "--val-every", "1", "--lr", "0", steps=3))
     assert "starting from student" in capsys.readouterr().out
     assert [row["round"] for row in rows_of(run_folder(tmp_path / "runs"))] == [1, 2, 3]
-    parameters = dict(UNet(1, 3, 8).named_parameters())  # all but BatchNorm's running statistics
+    parameters = dict(UNet(1, 3, 4).named_parameters())  # all but BatchNorm's running statistics
     student = torch.load(file, weights_only=True)["networks"]["student"]
     nets = weights_of(run_folder(tmp_path / "runs"))
     assert all(torch.equal(nets["network"][k], student[k]) for k in parameters)  # lr 0: as they were given
@@ -327,7 +327,7 @@ def test_init_says_what_is_wrong(make_dataset, options, tmp_path, capsys, conten
     elif content == "dict":
         torch.save({"weights": 1}, file)
     elif content == "other":
-        torch.save({"networks": {name: UNet(1, 4, 8).state_dict() for name in ("student", "teacher")}}, file)
+        torch.save({"networks": {name: UNet(1, 4, 4).state_dict() for name in ("student", "teacher")}}, file)
     with pytest.raises(SystemExit) as stopped:
         st.main(options(make_dataset(), "--init", str(file), steps=3))
     error = capsys.readouterr().err
@@ -386,7 +386,7 @@ def test_debug_oracle_only_prints(make_dataset, options, tmp_path, capsys):
     assert equal(weights[0], weights[1]) and equal(weights[0], weights[2]) and logs[0] == logs[1] == logs[2]
     with pytest.raises(SystemExit):
         st.main(options(root, "--debug-oracle", steps=2))
-    assert "bad files among the hidden masks" in capsys.readouterr().err
+    assert "bad file among the hidden masks" in capsys.readouterr().err
 
 
 def test_debug_oracle_dice_by_hand(options):

@@ -202,7 +202,7 @@ def test_labeled_is_needed_where_all_images_have_masks(make_dataset, options, ca
 def test_resume_with_another_configuration(options, tmp_path, capsys):
     argv = options("phantom", steps=2)
     mean_teacher.main(argv)
-    for change in (["--steps", "3"], ["--width", "4"], ["--weight", "3"]):
+    for change in (["--steps", "3"], ["--width", "6"], ["--weight", "3"]):
         with pytest.raises(SystemExit) as stopped:
             mean_teacher.main([*argv, *change, "--resume"])
         assert stopped.value.code == 2 and "there is mean_teacher-3-seed0" in capsys.readouterr().err

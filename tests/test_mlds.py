@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import run_folder
+from conftest import full_phantom, run_folder
 from PIL import Image
 
 import common
@@ -130,7 +130,7 @@ def test_eq3_allowed_map_naive_loop():
 
 def test_eq3_allowed_map_of_derived_boxes_holds_the_mask():
     """At any size: the resized mask lies inside its own boxes and tags."""
-    _, _, masks, _ = common.phantom(100, patients=1)
+    _, _, masks, _ = full_phantom(100, patients=1)
     for mask in masks:
         for size in (32, 48, 100, 128):
             resized = np.asarray(Image.fromarray(mask).resize((size, size), Image.NEAREST))

@@ -203,7 +203,7 @@ def test_two_optimizer_steps_an_iteration_and_checkpoints_between(options, tmp_p
     folder = run_folder(tmp_path / "runs")
     state = torch.load(folder / "last.pt", weights_only=True)
     assert state["step"] == 8
-    assert {int(s["step"]) for s in state["optimizers"][0]["state"].values()} == {8}
+    assert {int(s["step"]) for s in state["optimizer 0"]["state"].values()} == {8}
     assert [int(row["step"]) for row in csv.DictReader(open(folder / "log.csv"))] == [4, 6, 8]
 
 
