@@ -153,7 +153,7 @@ def test_same_seed_same_run_and_hidden_masks_stay_hidden(method, make_dataset, o
                 path.write_bytes(b"garbage") if i % 2 else path.unlink()
                 if not i % 2:
                     np.save(path.with_suffix(".npy"), np.full((32, 32), 2))
-        main(options(root, "--val-every", "1", "--seed", seed, out=name))
+        main(options(root, "--val-every", "2", "--seed", seed, out=name))
         folder = run_folder(tmp_path / name)
         weights = torch.load(folder / "last.pt", weights_only=True)["networks"]
         traces.append(((folder / "log.csv").read_bytes(), weights))
@@ -164,27 +164,27 @@ def test_same_seed_same_run_and_hidden_masks_stay_hidden(method, make_dataset, o
 @methods
 def test_interrupted_and_resumed_equals_uninterrupted(method, options, tmp_path, monkeypatch, capsys):
     main = importlib.import_module(method).main
-    argv = options("phantom", "--val-every", "10", steps=20)
+    argv = options("phantom", "--val-every", "6", steps=12)
     main([*argv, "--out", str(tmp_path / "whole")])
 
     log = common.Run.log
 
-    def ctrl_c(run, **terms):  # the signal comes in the middle of step 13, which is still finished
+    def ctrl_c(run, **terms):  # the signal comes in the middle of a turn, which is still finished
         log(run, **terms)
-        if run.count == 3 and ctrl_c.armed:
+        if run.count == 2 and ctrl_c.armed:
             ctrl_c.armed = False
             os.kill(os.getpid(), signal.SIGINT)
     ctrl_c.armed = False
     save = common.Run.save
 
-    def arm_after_10(run, step):
-        ctrl_c.armed = ctrl_c.armed or step in (8, 9)
+    def arm_after_6(run, step):
+        ctrl_c.armed = ctrl_c.armed or step in (4, 5)
         save(run, step)
     monkeypatch.setattr(common.Run, "log", ctrl_c)
-    monkeypatch.setattr(common.Run, "save", arm_after_10)
+    monkeypatch.setattr(common.Run, "save", arm_after_6)
     with pytest.raises(SystemExit) as stopped:
         main([*argv, "--out", str(tmp_path / "parts")])
-    done = 10 + 3 * (2 if method == "ucmt" else 1)
+    done = 6 + 2 * (2 if method == "ucmt" else 1)
     assert stopped.value.code == 130 and f"saved at step {done}" in capsys.readouterr().out
     monkeypatch.undo()
     with open(run_folder(tmp_path / "parts") / "log.csv", "a") as file:
