@@ -34,7 +34,9 @@ Differences
        paper: the best on validation); no CRF cleans its labels. The stages' lengths are [ours].
     2. With two classes background is a class too [ours]: with one, Eq. (4) would be constant.
     3. From the authors' code: the mean over all terms is taken once (theirs divides inside its loop
-       over pairs), images may lack a class, and one strong view of an image serves both losses.
+       over pairs), images may lack a class, one strong view of an image serves both losses, and a
+       pair is a labelled and an unlabelled image, under torchrun of one process. A round goes on
+       with all weights and Adam's state.
     4. AdamW, CE + Dice as in all six files. Labelled and unlabelled images pass separately, so that
        BatchNorm never mixes them. The unlabelled stream holds no labelled image.
 """
@@ -208,6 +210,7 @@ def main(argv=None):
         start, end = [0, *starts][stage:stage + 2]
         if stage and (step == start or labels is None):  # None: --resume within a round
             if step == start:  # else the labeler came with the checkpoint
+                run.average_statistics()  # under torchrun: the same labels in all processes
                 labeler.load_state_dict(network.state_dict())
             labels, trusted = pseudo_labels(labeler, data, args.agreement, args.seed + stage)
             if args.debug_oracle:
