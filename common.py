@@ -645,8 +645,9 @@ def read_pixels(path, mask=False):
                     array = np.asarray(image)
         if array.ndim < 2 or not array.size or array.shape[2:] not in ((), (1,), (3,), (4,)):
             raise ValueError(f"an array of shape {array.shape}; expected (H, W) or (H, W, 3)")
-        if not np.isfinite(array).all():
-            raise ValueError("values that are not finite")
+        if array.dtype.kind not in "buif" or not np.isfinite(array).all():
+            raise ValueError(f"values of type {array.dtype} or not finite; expected numbers")
+        array = array.astype(np.uint8) * 255 if array.dtype == bool else array
     except Exception as error:  # Pillow and NumPy raise a dozen types on damaged files
         problem = f"{path.name}: cannot be used ({type(error).__name__}: {error})"
         raise ValueError(problem) from None
@@ -1435,7 +1436,7 @@ def main(argv=None):
     command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command == "check":
         args = parse(parser(check.__doc__), argv)
-        args.labeled = args.labeled or "10%"
+        args.labeled, args.device = args.labeled or "10%", "cpu"
         check(args)
     elif command == "phantom":
         p = argparse.ArgumentParser("common.py phantom", description="Write the phantom as files.")

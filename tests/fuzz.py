@@ -52,7 +52,7 @@ def damage(root, names, rng):
     folder = root / rng.choice(["images", "masks", "masks", "boxes", "tags", "."])
     files = sorted(path for path in folder.glob("*") if path.is_file()) or [root / "train.txt"]
     path, name = rng.choice(files), rng.choice(names)
-    content = path.read_bytes() if path.exists() else b""
+    content = path.read_bytes() if path.is_file() else b""
     arrays = [np.zeros((20, 24), object), np.full((20, 24), np.nan), np.zeros((0, 5)), np.zeros(7), np.zeros((2, 20, 24)),
               np.zeros((20, 24), complex), np.full((20, 24), -1), np.full((20, 24), 0.5), np.zeros((20, 24), bool),
               np.array("text"), np.full((20, 24), np.inf), np.random.default_rng(0).normal(size=(20, 24)),
