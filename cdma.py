@@ -6,8 +6,8 @@ L. Zhong, X. Liao, S. Zhang, G. Wang, MICCAI 2023, https://arxiv.org/abs/2305.18
 Idea
     One encoder feeds three decoders that differ in their attention: one weighs channels (CA), one
     weighs places (SA), one does both in turn (CSA). So they make different mistakes at the price of
-    little more than one network. Each learns from the softened probabilities of the two others, in
-    which the second choice still counts, on all images. And their mean is asked to be certain.
+    1.8 networks' weights. Each learns from the softened probabilities of the two others, in which
+    the second choice still counts, on all images. And their mean is asked to be certain.
     The CSA branch is the one to use in the end.
 
                         +---> decoder with CA  ---> P_CA ----+    each is pulled towards the other
@@ -25,18 +25,20 @@ Equations (numbers are this file's)
     Eq. (1)  kd_loss      how far a student's softened probabilities are from a teacher's
     Eq. (2)  cdkd_loss    each branch the student of the two others
     Eq. (3)  um_loss      entropy of the branches' mean
-    Eq. (4)  main         L = L_sup + λ_1 L_cdkd + λ_2 L_um
+    Eq. (4)  main         L = L_sup + λ(t) (λ_1 L_cdkd + λ_2 L_um)
 
 Differences
-    1. From the authors' code: any number of classes, where its distillation is written for two.
-    2. From the paper: U-Net, AdamW and augmentation as in all six files (the paper: a pretrained
+    1. From the authors' code: any number of classes, where its distillation is written for two;
+       SA is 7×7 in both branches (theirs: 3×3 in SA, 7×7 in CSA), after each block; no dropout.
+    2. From the paper: U-Net, AdamW and augmentation as in all six files (theirs: SGD, a pretrained
        encoder, which its published numbers need), all branches see the common.strong view [ours],
        and labelled and unlabelled images pass separately, so that BatchNorm never mixes them.
-    3. From the authors' code: λ_1 = λ_2 = 0 for the first 40% of the steps (theirs: 10%), then
-       constant. It matters in short training: branches that agree too early agree that a small
+    3. From the authors' code: λ(t) = 0 for the first 40% of the steps (theirs: 10%), then 1. It
+       matters in short training, perhaps because branches that agree too early agree that a small
        class is not there; on the phantom, seed 10, CSA ended at 54 validation Dice with 10% and at
        76 with 40% (labelled-only U-Net: 77).
-    4. The unlabelled stream holds no labelled image; both losses also cover the labelled images.
+    4. Like the authors' code: the unlabelled stream holds no labelled image, and both losses cover
+       the labelled images too.
 """
 import math
 
@@ -155,7 +157,7 @@ def um_loss(logits):
     logits: list of (B, C, H, W), one a branch -> scalar from 0 (certain) to 1. Gradient: into all.
     """
     mean = torch.stack(logits).softmax(2).mean(0)  # (B, C, H, W)
-    entropy = -(mean * mean.clamp_min(1e-8).log()).sum(1)  # (B, H, W)
+    entropy = -(mean * mean.clamp_min(1e-8).log()).sum(1)  # 1e-8: finite gradient at 0 [ours]
     return entropy.mean() / math.log(mean.shape[1])
 
 
@@ -165,7 +167,7 @@ def um_loss(logits):
 def build(channels, classes, width):
     """The U-Net's encoder, and its decoder three times, with attention: {name: network}."""
     decoders = [Decoder(width) for _ in ATTENTIONS]
-    widths = [8 * width, 4 * width, 2 * width, width]
+    widths = [8 * width, 4 * width, 2 * width, width]  # of Decoder's blocks, coarsest first
     return {"three branches": ThreeBranches(Encoder(channels, width), decoders, widths, classes)}
 
 
@@ -221,7 +223,7 @@ def main(argv=None):
         logits = [torch.cat([logits_l[branch], logits_u[branch]]) for branch in ATTENTIONS]
         loss_sup = sum(supervised_loss(z, y_l) for z in logits_l.values()) / len(logits_l)
         loss_cdkd, loss_um = cdkd_loss(logits, args.temperature), um_loss(logits)
-        lam = float(step >= START * args.steps)
+        lam = float(step >= START * args.steps)  # λ(t)
         loss_unsup = args.distill_weight * loss_cdkd + args.entropy_weight * loss_um
         loss = loss_sup + lam * loss_unsup  # Eq. (4)
 

@@ -6,13 +6,14 @@ Z. Shen, P. Cao, H. Yang, X. Liu, J. Yang, O. Zaiane, IJCAI 2023, https://arxiv.
 Idea
     Two networks that teach each other soon agree, mistakes included. Here two students, each with
     a strong view of its own, learn from each other's hard labels and from those of one teacher, a
-    running average that sees the weak view. Then the same images come a second time, mixed: the
-    patches where a student is least certain are overwritten by those of the image where the other
-    is most certain (UMIX), and everyone predicts anew. The teacher is used in the end.
+    running average of (mostly) student 1, which sees the weak view. Then the same images come a
+    second time, mixed: the patches where one student is least certain are overwritten by patches
+    of the same image where the other is most certain (UMIX), and everyone predicts anew. The
+    teacher is used in the end.
 
         strong view 1 ---> student 1 ---> P_1 <--- Dice --- Ŷ_2, Ŷ_T
         weak view     ---> teacher   ---> P_T ---> Ŷ_T     (no gradient through any Ŷ)
-        strong view 2 ---> student 2 ---> P_2 <--- Dice --- Ŷ_1, Ŷ_T
+        strong view 2 ---> student 2 ---> P_2 <--- Dice --- Ŷ_1, Ŷ_T     (x_l: also y)
         U_m: entropy of (P_m + P_T) / 2, by patch ---> X' = UMIX(X; U_1, U_2) ---> the same again
 
 Run
@@ -31,17 +32,17 @@ Equations (numbers are this file's)
     Eq. (8)  main         L = L_s + λ(t) α (L_cps + L_mts) / 2, one optimizer step on X, one on X'
 
 Differences
-    1. Like the authors' code: the teacher averages β θ_1 + (1 − β) θ_2 with β = 0.99, not 0.5
-       (--teacher-mix). It matters: students from different random weights do not number their
-       channels alike, so half of one and half of the other is a network that fits neither.
-    2. From the authors' code: strong views 1 and 2 are drawn independently, not 2 from 1; patches
-       come from the unmixed image, never from one already overwritten; the teacher predicts X' anew
-       instead of having its labels moved. Like it, labelled images are mixed too, with their masks.
+    1. Like the authors' code: the teacher averages β θ_1 + (1 − β) θ_2, β = 0.99 (--teacher-mix):
+       half of each (0.5) fits neither, their channels being numbered differently.
+    2. From the authors' code: strong views 1 and 2 are independent, not 2 from 1, and labelled
+       images get them too; X' is mixed from weak views, then each student sees its own strong one;
+       patches come from the unmixed image; the teacher predicts X' anew, its old labels are not
+       moved; L_s is CE + Dice, theirs Dice alone. Ramp and EMA count optimizer steps.
     3. From the authors' code: α = 1, not 0.1. It matters: 83 validation Dice against 79 on the
        phantom, seed 10 (labelled-only: 77).
-    4. From the paper: U-Net, AdamW and CE + Dice as in all six files; the two optimizer steps on a
-       batch count as two of --steps; labelled and unlabelled images pass separately (BatchNorm);
-       the unlabelled stream holds no labelled image; the teacher runs in train mode.
+    4. Like it: labelled images mixed with their masks, separate passes (BatchNorm), teacher in
+       train mode. Unlike it: U-Net, no labelled image in the unlabelled stream, ramp over 30% of
+       the steps (theirs 20%). A batch's two optimizer steps are two of --steps.
 """
 import argparse
 import copy
@@ -66,7 +67,7 @@ from common import (
 
 WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
 EMA_DECAY = 0.99  # [paper]
-RAMP = 0.3  # [ours] share of the steps over which lambda grows, as in mean_teacher.py
+RAMP = 0.3  # [ours] share of the steps over which lambda grows; [code] 5 of 25 epochs
 
 # ------------------------------------------------------------------------------------------ Modules
 
@@ -149,7 +150,7 @@ def ema_update(teacher, student_1, student_2, mix, alpha):
 
 
 def build(channels, classes, width):
-    """Two students with different random weights; the teacher starts as a copy of student 1."""
+    """Two students of different random weights, and a teacher, student 1's copy: {name: network}."""
     student_1, student_2 = UNet(channels, classes, width), UNet(channels, classes, width)
     teacher = copy.deepcopy(student_1).requires_grad_(False)
     return {"student 1": student_1, "student 2": student_2, "teacher": teacher}
@@ -217,7 +218,7 @@ def main(argv=None):
         loss_sup = supervised_loss(logits_l1, y_l) + supervised_loss(logits_l2, y_l)
         loss_cps = cps_loss(probs_1, probs_2, probs_1.argmax(1), probs_2.argmax(1))
         loss_mts = mts_loss(probs_1, probs_2, probs_t.argmax(1))
-        lam = args.weight * ramp_up(step, RAMP * args.steps)
+        lam = args.weight * ramp_up(step, RAMP * args.steps)  # α λ(t), of both steps
         loss = loss_sup + lam * (loss_cps + loss_mts) / 2  # Eq. (8)
 
         # 5 step
@@ -258,7 +259,7 @@ def main(argv=None):
         ema_update(teacher, student_1, student_2, args.teacher_mix, ema_decay(step + 1, EMA_DECAY))
 
         # 7 log, validate, save
-        agreement = (probs_1.argmax(1) == probs_2.argmax(1)).float().mean()
+        agreement = (probs_1.argmax(1) == probs_2.argmax(1)).float().mean()  # on X'
         run.log(loss=loss, sup=loss_sup, cps=loss_cps, mts=loss_mts, mix_loss=mix_loss, lam=lam,
                 uncertainty=(u_1.mean() + u_2.mean()) / 2, agreement=agreement, lr=lr)
         run.save(step)
