@@ -473,7 +473,8 @@ def parse(parser, argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # lines reach a log file at once, on every console
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     sys.excepthook = explain
-    other = "data labeled seed supervised out resume device val_every cache compile".split()
+    other = ("data labeled seed supervised out resume device val_every cache compile "
+             "debug_oracle").split()
     args.options = {k: v for k, v in vars(args).items()
                     if k not in other and v != parser.get_default(k)}
     size, width, steps = (64, 16, 800) if args.data == "phantom" else (256, 32, 10000)
@@ -841,10 +842,12 @@ def annotations(data, kind, spec):
         found[number[path.stem]] = read_boxes(path, kind, data.classes)
     hidden = [i for i in data.indices("unlabeled") if data.has_mask[i]]
     order = np.random.default_rng(data.args.split_seed).permutation(sorted(set(data.units)))
-    units = [u for u in order.tolist() if u in {data.units[i] for i in hidden}]
+    has = {data.units[i] for i in hidden}
+    units = [unit for unit in order.tolist() if unit in has]
     units = units[::-1] if kind == "tags" else units  # from the other end: few have both
     units = choose_labeled(spec, units, data.names, f"--{kind}", "hidden units") if spec else []
-    hidden = [i for i in hidden if data.units[i] in units]
+    chosen = set(units)
+    hidden = [i for i in hidden if data.units[i] in chosen]
     for i, mask in hidden_masks(data, hidden):
         if mask.max() >= data.classes:
             stop(f"the mask of {data.names[i]} holds class {mask.max()}. Give --classes.")
@@ -912,11 +915,13 @@ def write_aside(path, write):
 
 
 def load_network(path, network):
-    """Copy the first network of a checkpoint that has the layers and sizes of `network`."""
+    """Copy a network of a checkpoint, of the layers and sizes of `network`; the reported first."""
     shapes = {k: v.shape for k, v in network.state_dict().items()}
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)["networks"]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved, best = state["networks"], state.get("reported", [""])[0]
         fits = [k for k, v in saved.items() if {n: w.shape for n, w in v.items()} == shapes]
+        fits.sort(key=lambda k: k != best)  # the one that the paper deploys, if it fits
     except Exception as error:  # torch.load raises a dozen types
         stop(f"--init {path} is not a checkpoint ({type(error).__name__}: {error}). Expected the "
              "last.pt or best.pt of a run, such as that of mean_teacher.py --supervised.")

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2112.09645
 Idea
     A network trained on labelled images labels the unlabelled ones. These pseudo-labels are wrong
     in places, so they never train the classifier, only the features below it: a small head gives
-    every pixel an embedding, and a few pixels of each class are pulled towards the mean embedding
+    every pixel an embedding, and a few foreground pixels a class are pulled towards the mean embedding
     of their class, in their own image and in another, and away from the other classes' means.
     A mean over a region forgives wrong pixels. The better network labels again, in three rounds.
 
@@ -35,10 +35,11 @@ Differences
     2. With two classes background is a class too [ours]: with one, Eq. (4) would be constant.
     3. From the authors' code: the mean over all terms is taken once (theirs divides inside its loop
        over pairs), images may lack a class, one strong view of an image serves both losses, and a
-       pair is a labelled and an unlabelled image, under torchrun of one process. A round goes on
-       with all weights and Adam's state.
-    4. AdamW, CE + Dice as in all six files. Labelled and unlabelled images pass separately, so that
-       BatchNorm never mixes them. The unlabelled stream holds no labelled image.
+       pair is a labelled and an unlabelled image (if the batches are of one size), under torchrun
+       of one process.
+    4. AdamW, CE + Dice as in all six files; a round goes on with all weights and Adam's state; the
+       images are labelled unaugmented [ours]. Labelled and unlabelled images pass separately, so
+       that BatchNorm never mixes them. The unlabelled stream holds no labelled image (at 100% all).
 """
 import copy
 
@@ -80,8 +81,8 @@ def class_means(z, masks):
 def sample_anchors(z, masks, n):
     """Eq. (2): z_a = z[p_a], a = 1..n, p_a ~ U(Ω_k) without repetition, for each image and class.
 
-    z (B, D, H, W), masks (B, K, H, W) bool -> (B, K, n, D), found (B, K, n) bool: False where a
-    class has fewer than n pixels. Gradient flows into the sampled pixels.
+    z (B, D, H, W), masks (B, K, H, W) bool -> (B, K, n, D), found (B, K, n) bool: False for the
+    anchors that a class of fewer than n pixels lacks. Gradient flows into the sampled pixels.
     """
     scores = torch.rand(masks.shape, device=z.device).masked_fill(~masks, -1)
     scores, pixels = scores.flatten(2).topk(n)  # the pixels of the n largest random numbers
@@ -104,7 +105,7 @@ def intra_loss(anchors, found, means, present, tau):
     anchors (B, K, n, D), found (B, K, n), means (B, K, D), present (B, K) -> scalar, 0 without an
     anchor. Gradient flows into anchors and means. Example: K present classes, equal means: log K.
     """
-    log_q = log_match(anchors, means, present, tau).diagonal(dim1=1, dim2=3).movedim(2, 1)
+    log_q = log_match(anchors, means, present, tau).diagonal(dim1=1, dim2=3).mT  # (B, K, n)
     return -log_q.where(found, 0).sum() / found.sum().clamp_min(1)
 
 
@@ -149,9 +150,9 @@ def predict(networks, x):
 
 def embed(networks, x):
     """Images (B, channels, H, W) -> logits (B, C, H, W), embeddings (B, 16, H, W), float32."""
-    network, head, _ = networks.values()
-    features = network.decoder(network.encoder(x))[-1]
-    return network.head(features).float(), head(features).float()
+    network, projection = networks["network"], networks["head"]
+    features = network.decoder(network.encoder(x))[-1]  # in parts: --compile does not reach them
+    return network.head(features).float(), projection(features).float()
 
 
 def pictures(networks, x):
@@ -159,6 +160,7 @@ def pictures(networks, x):
     logits, z = embed(networks, x)
     masks = F.one_hot(logits.argmax(1), logits.shape[1]).movedim(-1, 1).bool()
     cosine = F.cosine_similarity(z[:, None], class_means(z, masks)[..., None, None], dim=2)
+    cosine = cosine.masked_fill(~masks.any(3).any(2)[:, :, None, None], -1)  # absent classes
     return {"nearest class mean": cosine.argmax(1), "distance to it": 1 - cosine.amax(1)}
 
 
@@ -184,7 +186,7 @@ def main(argv=None):
     add("--weight", type=float, default=0.1, help="λ of L_cont (%(default)s) [paper]")
     add("--matching", choices=["inter", "intra"], default="inter", help="L_cont: Eq. (5) or (4)")
     add("--init", metavar="FILE", help="start from a run's best.pt or last.pt, without stage 1")
-    add("--agreement", type=float, default=0.0, help="least Eq. (6) of two views' labels (0: off)")
+    add("--agreement", type=float, default=0.0, help="least Eq. (6) of an image's two views' labels (0: off)")
     add("--debug-oracle", action="store_true", help="print how good labels are, by hidden masks")
     args = parse(options, argv)
     loss_of = inter_loss if args.matching == "inter" else intra_loss

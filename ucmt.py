@@ -150,7 +150,7 @@ def ema_update(teacher, student_1, student_2, mix, alpha):
 
 
 def build(channels, classes, width):
-    """Two students of different random weights, and a teacher, student 1's copy: {name: network}."""
+    """Two students of different random weights, a teacher, student 1's copy: {name: network}."""
     student_1, student_2 = UNet(channels, classes, width), UNet(channels, classes, width)
     teacher = copy.deepcopy(student_1).requires_grad_(False)
     return {"student 1": student_1, "student 2": student_2, "teacher": teacher}

