@@ -7,8 +7,8 @@ https://arxiv.org/abs/2112.09645
 Idea
     A network trained on labelled images labels the unlabelled ones. These pseudo-labels are wrong
     in places, so they never train the classifier, only the features below it: a small head gives
-    every pixel an embedding, and a few foreground pixels a class are pulled towards the mean embedding
-    of their class, in their own image and in another, and away from the other classes' means.
+    every pixel an embedding, and a few pixels of each foreground class are pulled towards their
+    class's mean embedding, in their own image and in another, and away from the other classes'.
     A mean over a region forgives wrong pixels. The better network labels again, in three rounds.
 
         x_u ---> labeler, the network when the round began ---> ŷ_u, kept for the round
@@ -186,7 +186,7 @@ def main(argv=None):
     add("--weight", type=float, default=0.1, help="λ of L_cont (%(default)s) [paper]")
     add("--matching", choices=["inter", "intra"], default="inter", help="L_cont: Eq. (5) or (4)")
     add("--init", metavar="FILE", help="start from a run's best.pt or last.pt, without stage 1")
-    add("--agreement", type=float, default=0.0, help="least Eq. (6) of an image's two views' labels (0: off)")
+    add("--agreement", type=float, default=0.0, help="least Eq. (6) of two views' labels (0: off)")
     add("--debug-oracle", action="store_true", help="print how good labels are, by hidden masks")
     args = parse(options, argv)
     loss_of = inter_loss if args.matching == "inter" else intra_loss
