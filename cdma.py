@@ -182,7 +182,7 @@ def pictures(networks, x):
     csa, ca, sa, mean = predict(networks, x).values()
     labels = torch.stack([csa, ca, sa]).argmax(2)  # (3, B, H, W)
     disagreement = (labels.amax(0) != labels.amin(0)).float()
-    entropy = torch.special.entr(mean).sum(1)
+    entropy = -torch.xlogy(mean, mean).sum(1)
     return {"disagreement": disagreement, "entropy of mean": entropy}
 
 

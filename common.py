@@ -12,6 +12,7 @@ Shapes: B images, C classes, H x W pixels. Images are floats in [0, 1], label ma
 import argparse
 import contextlib
 import csv
+import datetime
 import hashlib
 import importlib
 import itertools
@@ -366,7 +367,7 @@ class Data:
         else:
             x = torch.from_numpy(self.images[indices.numpy()])
             x = x.pin_memory().to(device, non_blocking=True) if "cuda" in device else x.to(device)
-        return (x / 255).contiguous(memory_format=torch.channels_last)
+        return (x / 255).contiguous(memory_format=memory_format(device))
 
     def load_labels(self, indices):
         """Numbers of images with visible masks (B,) -> masks (B, S, S), long, on the device."""
@@ -393,14 +394,21 @@ def stop(message, status=2):
     sys.exit(status)
 
 
+def memory_format(device):
+    """channels-last, faster on CPUs; not on MPS, where BatchNorm's gradient fails with it."""
+    return torch.contiguous_format if "mps" in device else torch.channels_last
+
+
 def world():
     """(rank, number) of this process among those that torchrun started; (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    started = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
 
 
 def explain(kind, error, trace):
     """sys.excepthook: an exhausted memory gets a message, other errors their traceback."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(error):
+    full = "out of memory" in str(error) or "t allocate memory" in str(error)
+    if full or isinstance(error, MemoryError | torch.OutOfMemoryError):
         print("error: out of memory. Lower --batch-size and --unlabeled-batch, --size or --width; "
               "--resume continues from the last checkpoint.", file=sys.stderr)
     else:
@@ -469,9 +477,9 @@ def choose_device(name):
 
 def parse(parser, argv=None):
     """Parse, and fill in every default; args.options holds what the run folder's name spells."""
-    args, unit = parser.parse_args(argv), 2**DEPTH
     if hasattr(sys.stdout, "reconfigure"):  # lines reach a log file at once, on every console
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    args, unit = parser.parse_args(argv), 2**DEPTH
     sys.excepthook = explain
     other = ("data labeled seed supervised out resume device val_every cache compile "
              "debug_oracle").split()
@@ -488,7 +496,10 @@ def parse(parser, argv=None):
     cuda = args.device.startswith("cuda")
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
-        dist.init_process_group("nccl" if cuda else "gloo")
+        if cuda:
+            torch.cuda.set_device(args.device)  # NCCL gathers objects through the current device
+        patience = datetime.timedelta(hours=3)  # the others wait while the first one validates
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
         if dist.get_rank():  # the first process speaks for all
             sys.stdout = open(os.devnull, "w")
     if args.batch_size % world()[1] or args.unlabeled_batch % world()[1]:
@@ -546,9 +557,10 @@ def read_ids(path, names):
     """A text file of ids (patients, volumes or image names, one a line) -> its units, sorted."""
     unit_of = {key: parse_name(n)[0] for n in names for key in (n, *parse_name(n)[:2])}
     try:
-        ids = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path} cannot be read as a text file of ids, one a line: {error}")
+    ids = [line.strip() for line in lines if line.strip()]
     unknown = [i for i in ids if i not in unit_of]
     if unknown or not ids:
         stop(f"{path}: {len(unknown)} of {len(ids)} ids are not in the dataset: {some(unknown)}. "
@@ -1024,9 +1036,9 @@ class Run:
         return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
     def place(self, networks):
-        """Move {name: network} to the device, channels-last (twice as fast on CPUs)."""
+        """Move {name: network} to the device."""
         for network in networks.values():
-            network.to(self.args.device, memory_format=torch.channels_last)
+            network.to(self.args.device, memory_format=memory_format(self.args.device))
             for tensor in network.state_dict().values() if self.processes > 1 else ():
                 dist.broadcast(tensor, 0)  # all processes start alike
             if self.args.compile:
@@ -1055,7 +1067,8 @@ class Run:
         if self.resumed and (self.folder / "last.pt").exists():
             state = self.load("last.pt")
             for k, part in self.parts.items():
-                part.load_state_dict(state[k])
+                if state[k]:  # {}: a gradient scaler that was off, on another device
+                    part.load_state_dict(state[k])
             if len(state["rng"]) != self.processes:
                 stop(f"--resume: the run had {len(state['rng'])} processes, now {self.processes}.")
             cpu, cuda = state["rng"][self.rank]
@@ -1075,7 +1088,7 @@ class Run:
     def steps(self, stride=1):
         """0, stride, ... below --steps, with a progress bar. Ctrl-C ends the run after a turn."""
         def interrupt(*_):
-            if self.interrupted:
+            if self.interrupted and self.processes == 1:  # torchrun repeats signals itself
                 raise KeyboardInterrupt
             self.interrupted = True
 
@@ -1166,7 +1179,9 @@ class Run:
         if self.interrupted:
             self.bar.close()
             command = shlex.join(word for word in sys.argv if word != "--resume")
-            print(f"stopped; saved at step {done}. To continue: python {command} --resume")
+            n = self.processes
+            command = (f"torchrun --nproc-per-node {n} " if n > 1 else "python ") + command
+            print(f"stopped; saved at step {done}. To continue: {command} --resume")
             sys.exit(130)
 
     def finish(self):
@@ -1429,8 +1444,8 @@ def compare(folders, out):
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|-" * len(table[0]) + "|")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.md").write_text("\n".join(lines) + "\n")
-    with open(out / "comparison.csv", "w", newline="") as file:
+    (out / "comparison.md").write_text("\n".join(lines) + "\n", "utf-8")
+    with open(out / "comparison.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(table)
     print("\n".join(lines))
     save_strips(rows, out)

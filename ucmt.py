@@ -103,7 +103,7 @@ def uncertainty(probs_m, probs_t, grid):
     probs (B, C, H, W), grid: patches a side -> (B, grid, grid), 0 to log C. No gradient.
     """
     mean = ((probs_m + probs_t) / 2).detach()
-    entropy = torch.special.entr(mean).sum(1, keepdim=True)  # (B, 1, H, W); 0 log 0 = 0
+    entropy = -torch.xlogy(mean, mean).sum(1, keepdim=True)  # (B, 1, H, W); 0 log 0 = 0
     return F.adaptive_avg_pool2d(entropy, grid)[:, 0]
 
 
