@@ -33,7 +33,7 @@ def averaged(run, loss):
 
 
 common.Run.place = placed
-shared = ["--size", "32", "--width", "4", "--labeled", "4", "--batch-size", "4", "--unlabeled-batch", "4",
+shared = ["--size", "16", "--width", "4", "--labeled", "4", "--batch-size", "4", "--unlabeled-batch", "4",
           "--device", "cpu", "--val-every", "100"]
 finish = common.Run.finish
 for method in METHODS:  # scoring the test set takes long and is the first process's alone: once is enough
