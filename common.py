@@ -333,7 +333,7 @@ class Data:
     """
 
     def __init__(self, args):
-        self.args = args
+        self.args, self.images = args, None
         find_files(self, args)  # in the tools below: names, checks, split
         self.labeled = Shuffled(self.indices("labeled"), args.seed)
         # With every unit labelled, the unlabelled stream is the same images without their masks.
@@ -341,8 +341,9 @@ class Data:
         self.unlabeled = Shuffled(unlabeled, args.seed + 1)
 
     def decode(self, hidden=False):
-        """Read the images and the labelled, validation, test masks; `hidden`: all masks."""
-        decode(self, hidden)
+        """Read, once, the images and the labelled, validation, test masks; `hidden`: all masks."""
+        if self.images is None:
+            decode(self, hidden)
 
     def indices(self, part):
         """Image numbers of a part; a labelled patient's slices without masks are unlabelled."""
@@ -569,7 +570,7 @@ def read_ids(path, names):
 
 
 def choose_labeled(spec, units, names, option="--labeled", what="training units with masks"):
-    """--labeled -> units: a file's, or the first of the (seeded) `units`, so 5% is inside 10%."""
+    """An option's share -> units: a file's, or the first of the (seeded) `units`: 5% inside 10%."""
     if Path(spec).is_file():
         chosen = read_ids(spec, names)
         if outside := sorted(set(chosen) - set(units)):
@@ -1013,15 +1014,15 @@ class Run:
         return values
 
     def average(self, tensors):
-        """Under torchrun: replace each tensor by its mean over the processes."""
+        """Under torchrun: replace each tensor by its mean over the processes; else do nothing."""
         for tensor in tensors if self.processes > 1 else ():
             dist.all_reduce(tensor)
             tensor /= self.processes
 
     def average_statistics(self):
         """Under torchrun: the mean of the processes' BatchNorm statistics, in all networks."""
-        buffers = [b for network in self.networks.values() for b in network.buffers()]
-        self.average([buffer for buffer in buffers if buffer.is_floating_point()])
+        self.average(buffer for network in self.networks.values() for buffer in network.buffers()
+                     if buffer.is_floating_point())
 
     def load(self, name):
         """Load a checkpoint's networks; returns all that it holds."""
@@ -1049,8 +1050,7 @@ class Run:
         """What checkpoints hold and evaluation uses. Prints the set-up; on --resume loads last.pt.
 
         predict(networks, x) -> {name: probabilities (B, C, H, W)}, the one that the paper deploys
-        first; pictures(networks, x) -> columns of preview.png: {title: label maps (B, H, W) long,
-        or heat (B, H, W) float, or images (B, channels, H, W), or (images, label maps)}.
+        first; pictures(networks, x) -> columns of preview.png, as save_sheet takes them.
         """
         self.networks, self.predict, self.pictures = networks, predict, pictures
         with evaluating(networks):
@@ -1114,8 +1114,8 @@ class Run:
     def backward(self, loss):
         """loss.backward(), scaled where the precision is fp16; under torchrun, mean gradients."""
         self.scaler.scale(loss).backward()
-        parameters = [p for network in self.networks.values() for p in network.parameters()]
-        self.average([p.grad for p in parameters if p.grad is not None])
+        self.average(p.grad for network in self.networks.values() for p in network.parameters()
+                     if p.grad is not None)
 
     def update(self, optimizer):
         """optimizer.step(), skipped by the gradient scaler where fp16 overflowed."""
@@ -1229,35 +1229,42 @@ def overlay(image, labels):
     return draw_segmentation_masks((image.expand(3, -1, -1) * 255).byte(), masks, 0.5, COLORS * 4)
 
 
-def save_sheet(path, columns):
-    """Titles over a grid of pictures: {title: list of (3, H, W) uint8}, all of one length."""
-    rows = zip(*columns.values(), strict=True)
-    tiles = [F.interpolate(tile[None], (160, 160))[0] for row in rows for tile in row]
-    grid = make_grid(tiles, nrow=len(columns), pad_value=255)
-    sheet = tvf.to_pil_image(F.pad(grid, (0, 0, 40, 0), value=255))
-    for i, title in enumerate(columns):
-        ImageDraw.Draw(sheet).text((4 + i * 162, 3), title, "black", ImageFont.load_default(13))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+def examples(data, part):
+    """The middle slices of at most four volumes of a part, for pictures: image numbers."""
+    volumes = list(data.volumes(part).values())
+    return [v[len(v) // 2] for v in volumes[::max(1, len(volumes) // 4)]][:4]
 
 
-def save_preview(run):
-    """preview.png: image, truth, labels, the paper's columns for slices of 4 validation volumes."""
-    volumes, sheet = list(run.data.volumes("val").values()), {}
-    chosen = [v[len(v) // 2] for v in volumes[::max(1, len(volumes) // 4)]][:4]
-    x = run.data.load_images(chosen)
-    columns = {"image": x, "truth": run.data.load_labels(chosen)}
-    with evaluating(run.networks):
-        columns |= {k: p.argmax(1) for k, p in run.predict(run.networks, x).items()}
-        columns |= run.pictures(run.networks, x)
-    for title, column in columns.items():
+def save_sheet(path, x, columns):
+    """A PNG of titled columns about images x (B, channels, H, W): {title: label maps (B, H, W) over
+    x, or heat (B, H, W) float, or other images (B, channels, H, W), or (images, label maps)}."""
+    tiles = []
+    for column in columns.values():
         images, labels = column if isinstance(column, tuple) else (x, column)
         if labels.dim() == 3 and labels.is_floating_point():  # heat, from 0 to its largest value
             labels = labels[:, None] / labels.amax().clamp_min(1e-8)
         if labels.dim() == 4:  # images
             images, labels = labels, torch.zeros_like(labels[:, 0], dtype=torch.long)
-        sheet[title] = list(map(overlay, images.cpu(), labels.cpu()))
-    save_sheet(run.folder / "preview.png", sheet)
+        tiles.append(list(map(overlay, images.cpu(), labels.cpu())))
+    tiles = [F.interpolate(tile[None], (160, 160))[0] for row in zip(*tiles, strict=True)
+             for tile in row]
+    grid = make_grid(tiles, nrow=len(columns), pad_value=255)
+    sheet = tvf.to_pil_image(F.pad(grid, (0, 0, 40, 0), value=255))
+    for i, title in enumerate(columns):
+        ImageDraw.Draw(sheet).text((4 + i * 162, 3), title, "black", ImageFont.load_default(13))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda aside: sheet.save(aside, "PNG"))
+
+
+def save_preview(run):
+    """preview.png: image, truth, labels, the paper's columns for slices of 4 validation volumes."""
+    chosen = examples(run.data, "val")
+    x = run.data.load_images(chosen)
+    columns = {"image": x, "truth": run.data.load_labels(chosen)}
+    with evaluating(run.networks):
+        columns |= {k: p.argmax(1) for k, p in run.predict(run.networks, x).items()}
+        columns |= run.pictures(run.networks, x)
+    save_sheet(run.folder / "preview.png", x, columns)
 
 
 def check(args):
@@ -1277,9 +1284,8 @@ def check(args):
     for part, units in data.split.items():
         print(f"{part}: {len(units)} units, {len(data.indices(part))} images: {some(units)}")
     chosen = data.indices("labeled")[::max(1, len(data.indices("labeled")) // 6)][:6]
-    x, y = data.load_images(chosen).cpu(), data.load_labels(chosen).cpu()
-    path = Path(args.out) / data.name / "check.png"
-    save_sheet(path, {"image": list(map(overlay, x, 0 * y)), "mask": list(map(overlay, x, y))})
+    x, path = data.load_images(chosen), Path(args.out) / data.name / "check.png"
+    save_sheet(path, x, {"image": x, "mask": data.load_labels(chosen)})
     print(f"no problem found; look at {path}")
 
 
@@ -1368,7 +1374,7 @@ def predict_images(args):
 def save_strips(rows, out):
     """For each dataset a picture of the same test images by the first run of each row."""
     for dataset in {order[0] for order in rows}:
-        sheet, data = {}, None
+        data = None
         for (name, _, labeled, _, method), runs in sorted(rows.items()):
             folder, results = next(iter(runs.values()))
             if name != dataset:
@@ -1377,16 +1383,14 @@ def save_strips(rows, out):
                 args = json.loads((folder / "args.json").read_text()) | {"device": "cpu"}
                 data = Data(argparse.Namespace(**args))
                 data.decode()
-                volumes = list(data.volumes("test").values())
-                chosen = [v[len(v) // 2] for v in volumes[::max(1, len(volumes) // 4)]][:4]
-                x, y = data.load_images(chosen), data.load_labels(chosen)
-                sheet = {"image": list(map(overlay, x, 0 * y)), "truth": list(map(overlay, x, y))}
+                chosen = examples(data, "test")
+                x = data.load_images(chosen)
+                columns = {"image": x, "truth": data.load_labels(chosen)}
             state, networks, predict = load_run(folder, "cpu")
             with evaluating(networks):
                 labels = predict(networks, x)[state["reported"][0]].argmax(1)
-            title = f"{method}\n{labeled}, Dice {results['headline']['dice']:.1f}"
-            sheet[title] = list(map(overlay, x, labels))
-        save_sheet(out / f"{dataset}.png", sheet)
+            columns[f"{method}\n{labeled}, Dice {results['headline']['dice']:.1f}"] = labels
+        save_sheet(out / f"{dataset}.png", x, columns)
 
 
 def compare(folders, out):
@@ -1491,7 +1495,7 @@ def main(argv=None):
         p.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
         p.add_argument("--out", type=Path, default="comparison", metavar="FOLDER")
         args = p.parse_args(argv)
-        compare(args.runs, Path(args.out))
+        compare(args.runs, args.out)
     else:
         print(__doc__)
         sys.exit(0 if command in ("-h", "--help") else 2)

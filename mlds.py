@@ -169,7 +169,7 @@ def ema_update(teacher, student, alpha):
 
 def allowed_maps(data, args):
     """Eq. (3) of all training images: uint8 (N, S, S); prints how many have which annotation."""
-    data.decode()  # as Run does later; what stops here leaves no run folder
+    data.decode()  # before Run does: what stops here leaves no run folder
     if data.classes > 8:
         stop(f"{data.classes} classes, but a pixel's allowed ones are 8 bits. Merge some classes.")
     known = {kind: annotations(data, kind, getattr(args, kind)) for kind in ("boxes", "tags")}
