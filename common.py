@@ -1,18 +1,13 @@
 """What the six method files share: U-Net, shared formulas, metrics, augmentation, batches.
 
-Read down to the line "Tools"; the rest is plumbing that no paper is about. A command too:
-
-    python common.py check --data PATH       look at a dataset before training on it
-    python common.py phantom --out FOLDER    write the built-in phantom as files, to see the layout
-    python common.py predict --run RUN --images PATH --out FOLDER      masks and overlays of images
-    python common.py compare RUN RUN ...     a table of runs, with gains over labelled-only training
+Read down to the line "Tools"; the rest is plumbing that no paper is about. Four commands, too:
+python common.py check | phantom | predict | compare, each with its own --help.
 
 Shapes: B images, C classes, H x W pixels. Images are floats in [0, 1], label maps are integers.
 """
 import argparse
 import contextlib
 import csv
-import datetime
 import hashlib
 import importlib
 import itertools
@@ -25,9 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -200,14 +193,10 @@ def mask_scores(pred, truth, distances=True):
 def evaluating(networks):
     """All networks in evaluation mode and without gradients; afterwards each as it was."""
     modes = {network: network.training for network in networks.values()}
-    try:
-        with torch.no_grad():
-            for network in modes:
-                network.eval()
-            yield
-    finally:
-        for network, training in modes.items():
-            network.train(training)
+    with torch.no_grad():
+        yield [network.eval() for network in modes]
+    for network, training in modes.items():
+        network.train(training)
 
 
 def evaluate(predict, networks, data, part, distances=True):
@@ -218,35 +207,33 @@ def evaluate(predict, networks, data, part, distances=True):
     foreground classes of its mean over volumes (None: undefined), with its parts; "empty": in how
     many volumes both masks of a class, the prediction's ("missed") or the truth's ("false") were.
     """
-    def mean(values):
-        values = [v for v in values if v is not None]
+    def mean(scores, metric):
+        values = [s[metric] for s in scores if s and s.get(metric) is not None]
         return sum(values) / len(values) if values else None
 
     results, names = {}, [str(c) for c in range(1, data.classes)]
     for volume, indices in data.volumes(part).items():
         truth, labels = np.stack([data.truth(i) for i in indices]), {}  # (D, H, W)
         with evaluating(networks):
-            for chunk in torch.as_tensor(indices).split(16):
+            for chunk in torch.tensor(indices).split(16):
                 for name, probs in predict(networks, data.load_images(chunk)).items():
                     probs = F.interpolate(probs, truth.shape[1:], mode="bilinear")
-                    labels.setdefault(name, []).append(probs.argmax(1).to(torch.uint8).cpu())
+                    labels.setdefault(name, []).append(probs.argmax(1).byte().cpu())
         for name, chunks in labels.items():
             pred = torch.cat(chunks).numpy()  # (D, H, W)
             result = results.setdefault(name, {"classes": {}, "empty": {}, "volumes": {}})
-            scores = result["volumes"][volume] = {}
             for c in names:
                 a, b = pred == int(c), truth == int(c)
                 a, b = (a[0], b[0]) if len(b) == 1 else (a, b)  # one image is scored in 2-D
-                scores[c] = mask_scores(a, b, distances)
+                result["volumes"].setdefault(volume, {})[c] = mask_scores(a, b, distances)
                 empty = result["empty"].setdefault(c, {"both": 0, "missed": 0, "false": 0})
                 if not (a.any() and b.any()):
                     empty["false" if a.any() else "missed" if b.any() else "both"] += 1
-    for name, result in results.items():
+    for result in results.values():
         for c in names:
-            scored = [scores[c] for scores in result["volumes"].values() if scores[c]]
-            result["classes"][c] = {m: mean(scores.get(m) for scores in scored) for m in METRICS}
-        means = {m: mean(s[m] for s in result["classes"].values()) for m in METRICS}
-        results[name] = {**means, **result}
+            scores = [volume[c] for volume in result["volumes"].values()]
+            result["classes"][c] = {m: mean(scores, m) for m in METRICS}
+        result.update({m: mean(result["classes"].values(), m) for m in METRICS})
     return results
 
 
@@ -288,40 +275,15 @@ def strong(x):
 
 # --- Batches --------------------------------------------------------------------------------------
 
-class Batch(NamedTuple):
-    """What one step trains on, weakly augmented."""
-
-    x_l: torch.Tensor  # labelled images (B_l, channels, H, W)
-    y_l: torch.Tensor  # their masks (B_l, H, W), long
-    x_u: torch.Tensor  # unlabelled images (B_u, channels, H, W)
-    map_u: torch.Tensor  # a uint8 map for each unlabelled image (B_u, H, W), or None
-    index_u: torch.Tensor  # which images they are (B_u,), on the CPU
-
-
-class Shuffled:
+def shuffled(indices, seed):
     """Endless stream of image numbers: all in random order, then all again in another order.
 
-    Has its own generator, in checkpoints: resumed runs and all methods see the same batches.
+    It has its own generator, so that resumed runs and all methods see the same batches.
     """
-
-    def __init__(self, indices, seed):
-        self.indices = torch.as_tensor(indices, dtype=torch.long)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.queue = self.indices[:0]
-
-    def take(self, n):
-        while len(self.queue) < n:
-            order = torch.randperm(len(self.indices), generator=self.generator)
-            self.queue = torch.cat([self.queue, self.indices[order]])
-        taken, self.queue = self.queue[:n], self.queue[n:]
-        return taken
-
-    def state_dict(self):
-        return {"queue": self.queue.clone(), "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state):
-        self.queue = state["queue"]
-        self.generator.set_state(state["generator"])
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for k in torch.randperm(len(indices), generator=generator).tolist():
+            yield indices[k]
 
 
 class Data:
@@ -333,12 +295,12 @@ class Data:
     """
 
     def __init__(self, args):
-        self.args, self.images = args, None
+        self.args, self.images, self.drawn = args, None, 0
         find_files(self, args)  # in the tools below: names, checks, split
-        self.labeled = Shuffled(self.indices("labeled"), args.seed)
+        labeled = self.indices("labeled")
         # With every unit labelled, the unlabelled stream is the same images without their masks.
-        unlabeled = self.indices("unlabeled") or self.indices("labeled")
-        self.unlabeled = Shuffled(unlabeled, args.seed + 1)
+        self.unlabeled = self.indices("unlabeled") or labeled
+        self.streams = shuffled(labeled, args.seed), shuffled(self.unlabeled, args.seed + 1)
 
     def decode(self, hidden=False):
         """Read, once, the images and the labelled, validation, test masks; `hidden`: all masks."""
@@ -347,11 +309,11 @@ class Data:
 
     def indices(self, part):
         """Image numbers of a part; a labelled patient's slices without masks are unlabelled."""
-        images = [(i, u, self.has_mask[i]) for i, u in enumerate(self.units)]
         units, labeled = set(self.split[part]), set(self.split["labeled"])
-        if part != "unlabeled":
-            return [i for i, u, masked in images if masked and u in units]
-        return [i for i, u, masked in images if u in units or (u in labeled and not masked)]
+        images = list(zip(range(len(self.names)), self.units, self.has_mask, strict=True))
+        if part == "unlabeled":
+            return [i for i, u, masked in images if u in units or (u in labeled and not masked)]
+        return [i for i, u, masked in images if u in units and masked]
 
     def volumes(self, part):
         """{volume: image numbers in slice order} of a part."""
@@ -364,27 +326,36 @@ class Data:
         """Image numbers (B,) -> floats in [0, 1] (B, channels, S, S) on the device."""
         indices, device = torch.as_tensor(indices), self.args.device
         if torch.is_tensor(self.images):  # all of them are on the GPU
-            x = self.images[indices.to(device)]
-        else:
-            x = torch.from_numpy(self.images[indices.numpy()])
-            x = x.pin_memory().to(device, non_blocking=True) if "cuda" in device else x.to(device)
-        return (x / 255).contiguous(memory_format=memory_format(device))
+            return self.images[indices.to(device)] / 255
+        x = torch.from_numpy(self.images[indices.numpy()])
+        return (x.pin_memory() if "cuda" in device else x).to(device, non_blocking=True) / 255
 
     def load_labels(self, indices):
         """Numbers of images with visible masks (B,) -> masks (B, S, S), long, on the device."""
         rows = [self.label_rows[int(i)] for i in indices]
         return torch.from_numpy(self.labels[rows]).to(self.args.device).long()
 
+    def draw(self):
+        """Numbers of the next batch's labelled and of its unlabelled images, two tensors."""
+        self.drawn += 1
+        sizes = self.args.batch_size, self.args.unlabeled_batch
+        return [torch.tensor(list(itertools.islice(stream, n)), dtype=torch.long)
+                for stream, n in zip(self.streams, sizes, strict=True)]
+
     def batch(self, maps=None):
-        """The next Batch. maps: optional uint8 array (N, S, S), one for each image."""
+        """What a step trains on, weakly augmented: x_l, y_l, x_u, map_u, index_u.
+
+        Labelled images (B_l, channels, H, W), their masks (B_l, H, W) long, unlabelled images
+        (B_u, channels, H, W), and of those the maps (B_u, H, W) uint8, moved alike, out of the
+        optional array maps (N, H, W), and their numbers (B_u,) on the CPU.
+        """
         rank, processes = world()  # under torchrun each takes its share of the batch
-        index_l = self.labeled.take(self.args.batch_size)[rank::processes]
-        index_u = self.unlabeled.take(self.args.unlabeled_batch)[rank::processes]
-        flip, device = self.args.flip, self.args.device
-        maps_u = [] if maps is None else [torch.from_numpy(maps[index_u.numpy()]).to(device)]
+        index_l, index_u = (index[rank::processes] for index in self.draw())
+        map_u = [] if maps is None else [torch.from_numpy(maps[index_u.numpy()])]
+        flip, map_u = self.args.flip, [m.to(self.args.device) for m in map_u]
         x_l, y_l = weak(self.load_images(index_l), self.load_labels(index_l), flip=flip)
-        x_u, *maps_u = weak(self.load_images(index_u), *maps_u, flip=flip)
-        return Batch(x_l, y_l, x_u, maps_u[0] if maps_u else None, index_u)
+        x_u, *map_u = weak(self.load_images(index_u), *map_u, flip=flip)
+        return x_l, y_l, x_u, map_u[0] if map_u else None, index_u
 
 
 # ==================== Tools: no need to read these to understand a method =========================
@@ -395,9 +366,18 @@ def stop(message, status=2):
     sys.exit(status)
 
 
-def memory_format(device):
-    """channels-last, faster on CPUs; not on MPS, where BatchNorm's gradient fails with it."""
-    return torch.contiguous_format if "mps" in device else torch.channels_last
+def some(items, most=4, between=", "):
+    """The first items of a list, for a message."""
+    return between.join([*map(str, list(items)[:most]), *["..."] * (len(items) > most)])
+
+
+def explain(kind, error, trace):
+    """sys.excepthook: an exhausted memory gets a message, other errors their traceback."""
+    words = f"{kind.__name__}: {error}"
+    if not re.search("MemoryError|out of memory|t allocate memory", words):
+        return sys.__excepthook__(kind, error, trace)
+    print("error: out of memory. Lower --batch-size and --unlabeled-batch, --size or --width; "
+          "--resume continues from the last checkpoint.", file=sys.stderr)
 
 
 def world():
@@ -406,19 +386,30 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
 
 
-def explain(kind, error, trace):
-    """sys.excepthook: an exhausted memory gets a message, other errors their traceback."""
-    full = "out of memory" in str(error) or "t allocate memory" in str(error)
-    if full or isinstance(error, MemoryError | torch.OutOfMemoryError):
-        print("error: out of memory. Lower --batch-size and --unlabeled-batch, --size or --width; "
-              "--resume continues from the last checkpoint.", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+def write_aside(path, write):
+    """write(temporary path), then rename: readers of `path` find the old or the new file, whole.
+
+    Under torchrun the first process alone writes; everything in a run folder comes through here.
+    """
+    if world()[0]:
+        return
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
+        stop(f"{path} cannot be written ({error}); what was there before is still there.", status=1)
+    os.replace(aside, path)
 
 
-def some(items):
-    """The first items of a list, for a message."""
-    return ", ".join(map(str, list(items)[:4])) + ", ..." * (len(items) > 4)
+def write_json(path, content):
+    write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=1)))
+
+
+def write_png(path, image):
+    write_aside(path, lambda aside: image.save(aside, "PNG"))
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -480,8 +471,7 @@ def parse(parser, argv=None):
     """Parse, and fill in every default; args.options holds what the run folder's name spells."""
     if hasattr(sys.stdout, "reconfigure"):  # lines reach a log file at once, on every console
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    args, unit = parser.parse_args(argv), 2**DEPTH
-    sys.excepthook = explain
+    sys.excepthook, args, unit = explain, parser.parse_args(argv), 2**DEPTH
     other = ("data labeled seed supervised out resume device val_every cache compile "
              "debug_oracle").split()
     args.options = {k: v for k, v in vars(args).items()
@@ -496,11 +486,10 @@ def parse(parser, argv=None):
     args.device = choose_device(args.device)
     cuda = args.device.startswith("cuda")
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
         if cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)  # NCCL gathers objects through the current device
-        patience = datetime.timedelta(hours=3)  # the others wait while the first one validates
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+        dist.init_process_group("nccl" if cuda else "gloo")
         if dist.get_rank():  # the first process speaks for all
             sys.stdout = open(os.devnull, "w")
     if args.batch_size % world()[1] or args.unlabeled_batch % world()[1]:
@@ -529,39 +518,26 @@ def parse_name(name):
     return (match["patient"], match["volume"], int(match["slice"])) if match else (name, name, -1)
 
 
-def list_files(root):
-    """A dataset folder -> ({name: image path} by volume and slice, {name: mask path})."""
-    layout = "Expected PATH/images/NAME.png and PATH/masks/NAME.png; see README, Your own data."
-    images, masks = {}, {}
-    for folder, files in ((root / "images", images), (root / "masks", masks)):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            name = MASK_SUFFIX.sub("", path.stem) if files is masks else path.stem
-            if path.suffix.lower() in ENDINGS and not name.startswith("."):
-                if not path.is_file():
-                    stop(f"{path} is a folder or a broken link, not an image. Remove it.")
-                other = files.setdefault(name, path)
-                if other != path:
-                    stop(f"two files for {name}: {other.name} and {path.name}. Keep one.")
-    if not images:
-        place = root / "images" if (root / "images").is_dir() else root
-        found = some(sorted(os.listdir(place))) or "nothing" if root.is_dir() else "no such folder"
-        stop(f"--data: no {'folder ' * (place == root)}images in {place} (found: {found}). {layout}"
-             f" Endings: {' '.join(ENDINGS)}")
-    if orphans := [path.name for name, path in masks.items() if name not in images]:
-        stop(f"{len(orphans)} masks have no image of their name: {some(orphans)}. Images are "
-             f"{some(images)}. Rename or remove those masks. {layout}")
-    order = sorted(images, key=lambda name: (*parse_name(name)[1:], name))
-    return {name: images[name] for name in order}, masks
+def list_files(folder, suffix=re.compile("$")):
+    """A folder's images {name: path}, in order of names; `suffix` is no part of a name."""
+    files = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = suffix.sub("", path.stem)
+        if path.suffix.lower() in ENDINGS and name[:1] != ".":
+            if not path.is_file():
+                stop(f"{path} is a folder or a broken link, not an image. Remove it.")
+            if (other := files.setdefault(name, path)) != path:
+                stop(f"two files for {name}: {other.name} and {path.name}. Keep one.")
+    return files
 
 
 def read_ids(path, names):
     """A text file of ids (patients, volumes or image names, one a line) -> its units, sorted."""
     unit_of = {key: parse_name(n)[0] for n in names for key in (n, *parse_name(n)[:2])}
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        ids = list(filter(None, map(str.strip, Path(path).read_text("utf-8-sig").splitlines())))
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path} cannot be read as a text file of ids, one a line: {error}")
-    ids = [line.strip() for line in lines if line.strip()]
     unknown = [i for i in ids if i not in unit_of]
     if unknown or not ids:
         stop(f"{path}: {len(unknown)} of {len(ids)} ids are not in the dataset: {some(unknown)}. "
@@ -574,8 +550,7 @@ def choose_labeled(spec, units, names, option="--labeled", what="training units 
     if Path(spec).is_file():
         chosen = read_ids(spec, names)
         if outside := sorted(set(chosen) - set(units)):
-            stop(f"{option} {spec}: not {what}: {some(outside)}. Expected some "
-                 f"of {some(sorted(units))}")
+            stop(f"{option} {spec}: not {what}: {some(outside)}. Expected some of {some(units)}")
         return chosen
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
     value, percent = (float(match[1]), match[2]) if match else (0, "")
@@ -609,8 +584,8 @@ def make_split(names, masked, lists, labeled, split_seed):
         split[part], free = sorted(lists.get(part, free[:count])), free[count:]
     train = set(lists.get("train", free)) | set(units) - with_mask - listed
     candidates = [unit for unit in order if unit in train & with_mask]
-    parts = {"validation": split["val"], "test": split["test"], "training": candidates}
-    for part, found in parts.items():
+    for part, found in (("validation", split["val"]), ("test", split["test"]),
+                        ("training", candidates)):
         if not with_mask & set(found):
             stop(f"no {part} units with masks are left: {len(with_mask)} units have masks, "
                  f"{len(listed)} are in lists. Annotate more, or change the lists: each needs one.")
@@ -629,14 +604,26 @@ def find_files(data, args):
         names, *data.phantom, lists = phantom(args.size)
         images = masks = dict.fromkeys(names)
     else:
-        images, masks = list_files(root)
+        images, masks = list_files(root / "images"), list_files(root / "masks", MASK_SUFFIX)
+        place = root / "images" if (root / "images").is_dir() else root
+        found = some(sorted(os.listdir(place))) or "nothing" if root.is_dir() else "no such folder"
+        orphans = [path.name for name, path in masks.items() if name not in images]
+        if orphans or not images:
+            what = (f"{len(orphans)} masks have no image of their name: {some(orphans)}; images "
+                    f"are {some(images)}" if images else
+                    f"no {'folder ' * (place == root)}images in {place} (found: {found})")
+            stop(f"--data: {what}. Expected PATH/images/NAME.png and PATH/masks/NAME.png, with the "
+                 f"endings {' '.join(ENDINGS)}; see README, Your own data.")
         for part in ("train", "val", "test"):
             if (root / f"{part}.txt").is_file():
                 lists[part] = read_ids(root / f"{part}.txt", images)
-    data.name, data.names, data.image_files = root.resolve().name, list(images), [*images.values()]
-    data.has_mask, data.mask_files = [n in masks for n in images], [masks.get(n) for n in images]
-    data.units, data.volumes_of, _ = zip(*map(parse_name, images), strict=True)
-    data.split = make_split(images, masks, lists, args.labeled, args.split_seed)
+    data.name = root.resolve().name
+    data.names = sorted(images, key=lambda name: (*parse_name(name)[1:], name))  # volumes, slices
+    data.image_files = [images[name] for name in data.names]
+    data.mask_files = [masks.get(name) for name in data.names]
+    data.has_mask = [name in masks for name in data.names]
+    data.units, data.volumes_of, _ = zip(*map(parse_name, data.names), strict=True)
+    data.split = make_split(data.names, masks, lists, args.labeled, args.split_seed)
     args.labeled = args.labeled or "100%"
     text = json.dumps(data.split, sort_keys=True)
     data.split_hash = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -668,14 +655,24 @@ def read_pixels(path, mask=False):
     return array if array.ndim == 2 else array[..., 0] if array.shape[2] == 1 else array[..., :3]
 
 
-def scale_volume(arrays):
-    """A volume's images, (H, W) or (H, W, 3), as uint8; not 8-bit: by 0.5-99.5 percentiles."""
-    if all(array.dtype == np.uint8 for array in arrays):
-        return arrays
-    values = np.concatenate([array.ravel() for array in arrays]).astype(float)
-    low, high = np.percentile(values, [0.5, 99.5])
-    scaled = [(array - low) / max(high - low, 1e-12) * 255 for array in arrays]
-    return [array.clip(0, 255).astype(np.uint8) for array in scaled]
+def read_volume(paths, bad):
+    """{path: image, (H, W) or (H, W, 3) uint8} of a volume; what cannot be read is told to `bad`.
+
+    8-bit images stay as they are, others are scaled together by their 0.5-99.5 percentiles.
+    """
+    arrays = {}
+    for path in paths:
+        try:
+            arrays[path] = read_pixels(path)
+        except ValueError as error:
+            bad.append(str(error))
+    if any(array.dtype != np.uint8 for array in arrays.values()):
+        values = np.concatenate([array.ravel() for array in arrays.values()]).astype(float)
+        low, high = np.percentile(values, [0.5, 99.5])
+        for path, array in arrays.items():
+            scaled = (array - low) / max(high - low, 1e-12) * 255
+            arrays[path] = scaled.clip(0, 255).astype(np.uint8)
+    return arrays
 
 
 def read_mask(path):
@@ -694,45 +691,34 @@ def read_mask(path):
     return array.astype(np.uint8), "classes" if values[-1] else "empty"
 
 
-def write_pictures(folder, what, groups, read, side, resample):
-    """Resize the PIL images read(group) of all groups into folder; name the bad files together."""
-    facts, bad = [], []
-    with open(folder / "pixels", "wb") as file:
-        for group in tqdm(groups, f"decoding {what}", leave=False, disable=None):
-            try:
-                for picture in read(group):
-                    array = np.atleast_3d(picture.resize((side, side), resample))
-                    file.write(array.transpose(2, 0, 1).tobytes())
-                    facts.append((picture.height, picture.width, int(np.max(picture))))
-            except ValueError as error:
-                bad.append(str(error))
-    if bad:
-        listed = "\n  ".join(bad[:10] + ["..."] * (len(bad) > 10))
-        stop(f"{len(bad)} bad files among the {what}; mend or remove them:\n  {listed}")
-    (folder / "facts.json").write_text(json.dumps(facts))
+def cached(args, what, files, count, read, resample):
+    """`count` pictures (N, channels, S, S) uint8, memory-mapped, and (N, 3) height, width, maximum.
 
-
-def cached(args, what, files, groups, read, resample):
-    """All pictures at --size (N, channels, S, S) uint8, memory-mapped, and their (H, W, maximum).
-
-    The cache folder is named after the files' names, sizes and times, built aside and renamed.
+    read(bad) yields PIL images and tells the list `bad` what is wrong with files. The cache file
+    is named after the files' names, sizes and times, built aside and renamed.
     """
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(repr(("v4", what, args.size, stats)).encode()).hexdigest()[:20]
-    root, folder = Path(args.cache), Path(args.cache, key)
+    key = hashlib.sha256(repr(("v5", what, args.size, stats)).encode()).hexdigest()[:20]
+    path, bad = Path(args.cache, key), []
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not folder.exists():
-            with tempfile.TemporaryDirectory("", "building-", root, True) as aside:
-                write_pictures(Path(aside), what, groups, read, args.size, resample)
-                with contextlib.suppress(OSError):  # another run was faster, its folder is as good
-                    os.rename(aside, folder)
-        facts = json.loads((folder / "facts.json").read_text())
-        pixels = np.memmap(folder / "pixels", np.uint8, "r")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with tempfile.TemporaryDirectory("", "building-", path.parent, True) as folder:
+                with open(Path(folder, key), "wb") as file:
+                    for image in tqdm(read(bad), f"decoding {what}", count, leave=False,
+                                      disable=None):
+                        small = np.atleast_3d(image.resize((args.size, args.size), resample))
+                        facts = np.array([image.height, image.width, np.max(image)], np.uint32)
+                        file.write(facts.tobytes() + small.transpose(2, 0, 1).tobytes())
+                if bad:
+                    stop(f"{len(bad)} bad files among the {what}; mend or remove them:\n  "
+                         + some(bad, 10, "\n  "))
+                os.replace(Path(folder, key), path)
+        rows = np.memmap(path, np.uint8, "r").reshape(count, -1)
     except OSError as error:
-        stop(f"the cache of decoded images, {root}, cannot be used ({error}). Choose another with "
-             "--cache FOLDER, or free some space.")
-    return pixels.reshape(len(facts), -1, args.size, args.size), facts
+        stop(f"the cache of decoded images, {path.parent}, cannot be used ({error}). Choose "
+             "another with --cache FOLDER, or free some space.")
+    return rows[:, 12:].reshape(count, -1, args.size, args.size), rows[:, :12].copy().view("u4")
 
 
 def decode(data, hidden):
@@ -741,50 +727,57 @@ def decode(data, hidden):
     shown = list(np.flatnonzero(data.has_mask)) if hidden else shown
     data.label_rows, first = {i: row for row, i in enumerate(shown)}, {}
 
-    def read_images(paths):
-        arrays = scale_volume([read_pixels(path) for path in paths])
-        colour = first.setdefault("colour", arrays[0].ndim == 3)
-        for path, array in zip(paths, arrays, strict=True):
-            if array.ndim == 3 and not colour:
-                raise ValueError(f"{path.name}: in colour, the first image is grey; save all alike")
-        return [Image.fromarray(array).convert("RGB" if colour else "L") for array in arrays]
+    def read_images(bad):
+        for _, paths in itertools.groupby(data.image_files, lambda p: parse_name(p.stem)[1]):
+            for path, array in read_volume(paths, bad).items():
+                if array.ndim > first.setdefault("dimensions", array.ndim):
+                    bad.append(f"{path.name}: in colour, the first image is grey; save all alike")
+                yield Image.fromarray(array).convert("RGB" if first["dimensions"] == 3 else "L")
 
-    def read_label(i):
-        mask, kind = read_mask(path := data.mask_files[i])
-        if mask.shape != data.sizes[i]:
-            found, expected = ("{} x {}".format(*shape) for shape in (mask.shape, data.sizes[i]))
-            raise ValueError(f"{path.name}: {found} pixels, but its image has {expected}")
-        first.setdefault(kind, path.name)
-        if "binary" in first and "classes" in first:
-            stop(f"some masks are binary 0/255 ({first['binary']}), others hold class numbers "
-                 f"({first['classes']}). Write all of them in one of the two ways.")
-        return [Image.fromarray(mask)]
+    def read_masks(bad):
+        for i in shown:
+            try:
+                mask, kind = read_mask(path := data.mask_files[i])
+                if mask.shape != data.sizes[i]:
+                    raise ValueError("{}: {} x {} pixels, but its image has {} x {}".format(
+                        path.name, *mask.shape, *data.sizes[i]))
+            except ValueError as error:
+                bad.append(str(error))
+                continue
+            first.setdefault(kind, path.name)
+            if "binary" in first and "classes" in first:
+                stop(f"some masks are binary 0/255 ({first['binary']}), others hold class numbers "
+                     f"({first['classes']}). Write all of them in one of the two ways.")
+            yield Image.fromarray(mask)
+
+    def read_truth(i):
+        try:
+            return read_mask(data.mask_files[i])[0]
+        except ValueError as error:  # of a visible mask it was raised, and told, when decoding
+            stop(f"bad file among the hidden masks: {error}")
 
     if data.phantom:
         data.images, masks = data.phantom
         data.sizes, data.labels = [masks.shape[1:]] * len(masks), masks[shown]
         data.truth, largest = masks.__getitem__, int(masks.max())
     else:
-        files = data.image_files  # sorted: a volume's slices stand together
-        groups = itertools.groupby(files, lambda path: parse_name(path.stem)[1])
-        groups = [list(paths) for _, paths in groups]
-        data.images, facts = cached(data.args, "images", files, groups, read_images, Image.BILINEAR)
-        data.sizes = [(h, w) for h, w, _ in facts]
+        data.images, facts = cached(data.args, "images", data.image_files, len(data.names),
+                                    read_images, Image.BILINEAR)
+        data.sizes = [(h, w) for h, w, _ in facts.tolist()]
         files = [path for i in shown for path in (data.image_files[i], data.mask_files[i])]
-        labels, facts = cached(data.args, "masks", files, shown, read_label, Image.NEAREST)
-        data.labels, largest = labels[:, 0], max(fact[2] for fact in facts)
-        data.truth = lambda i: read_mask(data.mask_files[i])[0]
+        labels, facts = cached(data.args, "masks", files, len(shown), read_masks, Image.NEAREST)
+        data.labels, largest = labels[:, 0], int(facts[:, 2].max())
+        data.truth = read_truth
     data.channels, data.classes = data.images.shape[1], data.args.classes or largest + 1
     if "cuda" in data.args.device:  # kept on the GPU where they take little of it
         if data.images.nbytes < torch.cuda.mem_get_info(data.args.device)[0] / 4:
             data.images = torch.from_numpy(np.array(data.images)).to(data.args.device)
     known = Path(data.args.data, "classes.txt")  # names for people, one a line, background first
-    named = known.read_text("utf-8", "replace").split("\n") if known.is_file() else ["background"]
-    named = [name.strip() for name in named if name.strip()][:data.classes]
+    text = known.read_text("utf-8", "replace") if known.is_file() else "background"
+    named = [line.strip() for line in text.split("\n") if line.strip()][:data.classes]
     data.class_names = named + [f"class {c}" for c in range(len(named), data.classes)]
     for volume, indices in [*data.volumes("val").items(), *data.volumes("test").items()]:
-        found = {data.sizes[i] for i in indices}
-        if len(found) > 1:
+        if len(found := {data.sizes[i] for i in indices}) > 1:
             stop(f"the slices of {volume} differ in size: {some(found)}. Expected one size.")
     if largest == 0:
         stop("labelled, validation and test masks hold background only; expected 1, 2, ... or 255.")
@@ -833,15 +826,6 @@ def read_boxes(path, kind, classes):
     return boxes
 
 
-def hidden_masks(data, indices):
-    """Yield (number, mask (H, W) uint8) of images whose masks training never opens."""
-    for i in tqdm(indices, "reading hidden masks", leave=False, disable=None):
-        try:
-            yield i, data.truth(i)
-        except ValueError as error:
-            stop(f"bad file among the hidden masks: {error}")
-
-
 def annotations(data, kind, spec):
     """Boxes or tags: those of PATH/kind, and for `spec` of the hidden units derived from masks.
 
@@ -854,14 +838,14 @@ def annotations(data, kind, spec):
             stop(f"{path}: no image has this name, or it is no file. Rename or remove it.")
         found[number[path.stem]] = read_boxes(path, kind, data.classes)
     hidden = [i for i in data.indices("unlabeled") if data.has_mask[i]]
-    order = np.random.default_rng(data.args.split_seed).permutation(sorted(set(data.units)))
-    has = {data.units[i] for i in hidden}
-    units = [unit for unit in order.tolist() if unit in has]
+    order, has = np.random.default_rng(data.args.split_seed), {data.units[i] for i in hidden}
+    units = [u for u in order.permutation(sorted(set(data.units))).tolist() if u in has]
     units = units[::-1] if kind == "tags" else units  # from the other end: few have both
     units = choose_labeled(spec, units, data.names, f"--{kind}", "hidden units") if spec else []
     chosen = set(units)
     hidden = [i for i in hidden if data.units[i] in chosen]
-    for i, mask in hidden_masks(data, hidden):
+    for i in tqdm(hidden, f"reading masks for {kind}", leave=False, disable=None):
+        mask = data.truth(i)
         if mask.max() >= data.classes:
             stop(f"the mask of {data.names[i]} holds class {mask.max()}. Give --classes.")
         tags = [(int(c), *WHOLE) for c in np.unique(mask[mask > 0])]
@@ -915,96 +899,48 @@ def phantom(size, patients=48, seed=0):
 
 # --- Run folder: log, checkpoints, resume, results ------------------------------------------------
 
-def write_aside(path, write):
-    """write(temporary path), then rename: readers of `path` find the old or the new file, whole."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
-        stop(f"{path} cannot be written ({error}); what was there before is still there.", status=1)
-    os.replace(aside, path)
-
-
-def load_network(path, network):
-    """Copy a network of a checkpoint, of the layers and sizes of `network`; the reported first."""
-    shapes = {k: v.shape for k, v in network.state_dict().items()}
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, best = state["networks"], state.get("reported", [""])[0]
-        fits = [k for k, v in saved.items() if {n: w.shape for n, w in v.items()} == shapes]
-        fits.sort(key=lambda k: k != best)  # the one that the paper deploys, if it fits
-    except Exception as error:  # torch.load raises a dozen types
-        stop(f"--init {path} is not a checkpoint ({type(error).__name__}: {error}). Expected the "
-             "last.pt or best.pt of a run, such as that of mean_teacher.py --supervised.")
-    if not fits:
-        stop(f"--init {path} holds {some(saved)}, none with this run's layers and sizes. Expected "
-             "the U-Net of a run on the same dataset and with the same --width.")
-    network.load_state_dict(saved[fits[0]])
-    print(f"--init: starting from {fits[0]} of {path}")
-
-
-def hidden_dice(labels, data):
-    """For --debug-oracle, to print: label maps (N, S, S) against hidden masks, if there are any."""
-    known, found = [i for i in data.unlabeled.indices.tolist() if data.has_mask[i]], []
-    for i, mask in hidden_masks(data, known):
-        mask = np.asarray(Image.fromarray(mask).resize(labels.shape[:0:-1], Image.NEAREST))
-        for c in range(1, data.classes):
-            scores = mask_scores(labels[i] == c, mask == c, distances=False)
-            found += [scores["dice"]] if scores else []
-    mean = f"{sum(found) / len(found):.2f}" if found else "unknown"
-    return f"Dice of pseudo-labels {mean} ({len(known)} images with hidden masks)"
-
-
 class Run:
     """One training run: device and precision, the loop's steps, log, checkpoints and scores."""
 
     def __init__(self, name, args, data):
         self.name, self.args, self.data = name, args, data
-        parent, self.labeled = Path(args.out, data.name), Path(args.labeled).name
-        start = f"{name}-{self.labeled.removesuffix('.txt')}-seed{args.seed}"
+        self.labeled = Path(args.labeled).name.removesuffix(".txt")
+        parent, start = Path(args.out, data.name), f"{name}-{self.labeled}-seed{args.seed}"
         options = sorted((k, Path(str(v)).name) for k, v in args.options.items())
         title = start + "".join(f"-{k}_{v}" for k, v in options)
         found = sorted(p.name for p in parent.glob("*") if f"{p.name}-".startswith(f"{start}-"))
         same = [re.fullmatch(re.escape(title) + r"(?:-(\d+))?", folder) for folder in found]
         numbers = [int(match[1] or 1) for match in same if match]
-        self.resumed = args.resume and bool(numbers)
+        resumed = args.resume and bool(numbers)
         if args.resume and found and not numbers:
             stop(f"--resume: no run {title}; there is {some(found)}. Repeat the run's options "
                  "(only --out, --device and --val-every may change), or leave --resume out.")
-        number = max(numbers, default=0) + (not self.resumed)
-        self.folder = parent / (title if number == 1 else f"{title}-{number}")
-        split = self.folder / "split.json"
-        old = json.loads(split.read_text())["hash"] if split.exists() else data.split_hash
-        if old != data.split_hash:
-            stop(f"--resume: {self.folder} has split {old}, the dataset {data.split_hash}. Restore "
-                 "the dataset's files and lists, or leave --resume out.")
         data.decode()  # before the folder: a dataset that stops leaves none behind
         self.rank, self.processes = world()
         try:
-            while not self.resumed and not self.rank:
+            for n in itertools.count(max(numbers, default=0) + (not resumed)):
+                folder = parent / (title if n == 1 else f"{title}-{n}")
                 with contextlib.suppress(FileExistsError):  # another run may have taken it now
-                    self.folder.mkdir(parents=True)
+                    if not self.rank:
+                        folder.mkdir(parents=True, exist_ok=resumed)
                     break
-                number += 1
-                self.folder = parent / f"{title}-{number}"
-            self.folder, self.resumed = self.gather((self.folder, self.resumed))[0]
-            self.write_json("args.json", {k: v for k, v in vars(args).items() if k != "options"})
-            self.write_json("split.json", {"hash": data.split_hash, **data.split})
+            self.folder, self.resumed = self.gather((folder, resumed))[0]
+            split = self.folder / "split.json"
+            old = json.loads(split.read_text())["hash"] if split.exists() else data.split_hash
         except OSError as error:
             stop(f"--out {args.out} cannot be written ({error}). Choose another folder.")
+        if old != data.split_hash:
+            stop(f"--resume: {self.folder} has split {old}, the dataset {data.split_hash}. Restore "
+                 "the dataset's files and lists, or leave --resume out.")
+        write_json(split, {"hash": data.split_hash, **data.split})
+        write_json(self.folder / "args.json",
+                   {k: v for k, v in vars(args).items() if k != "options"})
         torch.manual_seed(args.seed + 1000 * self.rank)
         torch.backends.cudnn.benchmark = True
         self.device_type = torch.device(args.device).type
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.precision == "fp16")
         self.first_step, self.best, self.interrupted = 0, -1.0, False
-        self.sums, self.count = {}, 0
-
-    def write_json(self, name, content):
-        text = json.dumps(content, indent=1)
-        if not self.rank:
-            write_aside(self.folder / name, lambda path: path.write_text(text))
+        self.sums, self.count, self.rows = {}, 0, []
 
     def gather(self, value):
         """[value] of this process, or under torchrun of all, by rank."""
@@ -1039,7 +975,9 @@ class Run:
     def place(self, networks):
         """Move {name: network} to the device."""
         for network in networks.values():
-            network.to(self.args.device, memory_format=memory_format(self.args.device))
+            # channels-last is faster on CPUs; on MPS BatchNorm's gradient fails with it
+            form = torch.contiguous_format if self.device_type == "mps" else torch.channels_last
+            network.to(self.args.device, memory_format=form)
             for tensor in network.state_dict().values() if self.processes > 1 else ():
                 dist.broadcast(tensor, 0)  # all processes start alike
             if self.args.compile:
@@ -1053,11 +991,11 @@ class Run:
         first; pictures(networks, x) -> columns of preview.png, as save_sheet takes them.
         """
         self.networks, self.predict, self.pictures = networks, predict, pictures
+        data, args = self.data, self.args
         with evaluating(networks):
-            self.reported = list(predict(networks, self.data.load_images([0])))
-        data, args, log = self.data, self.args, self.folder / "log.csv"
-        self.parts = {"scaler": self.scaler, "labeled": data.labeled, "unlabeled": data.unlabeled,
-                      **{f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}}
+            self.reported = list(predict(networks, data.load_images([0])))
+        self.parts = {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
+        self.parts["scaler"] = self.scaler
         units = ", ".join(f"{len(data.indices(k))} images of {len(units)} units {k}"
                           for k, units in data.split.items())
         print(f"{self.name} on {data.name}: {data.classes} classes; {args.device}, "
@@ -1066,24 +1004,23 @@ class Run:
               f"run folder: {self.folder}")
         if self.resumed and (self.folder / "last.pt").exists():
             state = self.load("last.pt")
+            if len(state["rng"]) != self.processes:
+                stop(f"--resume: the run had {len(state['rng'])} processes, now {self.processes}.")
             for k, part in self.parts.items():
                 if state[k]:  # {}: a gradient scaler that was off, on another device
                     part.load_state_dict(state[k])
-            if len(state["rng"]) != self.processes:
-                stop(f"--resume: the run had {len(state['rng'])} processes, now {self.processes}.")
             cpu, cuda = state["rng"][self.rank]
             torch.set_rng_state(cpu)
             if self.device_type == "cuda" and cuda is not None:
                 torch.cuda.set_rng_state(cuda, args.device)
             self.first_step, self.best, self.count = state["step"], state["best"], state["count"]
             self.sums = {k: v.to(args.device) for k, v in state["sums"].items()}
+            self.rows = state["rows"]
+            for _ in range(state["drawn"]):
+                data.draw()
         if args.resume:
             what = "continuing" if self.first_step else "no checkpoint yet, starting"
             print(f"--resume: {what} at step {self.first_step}")
-        if log.exists() and not self.rank:  # cut rows after the checkpoint, and half-written ones
-            header, *rows = log.read_text().splitlines(keepends=True) or [""]
-            rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= self.first_step]
-            write_aside(log, lambda path: path.write_text("".join([header, *rows] if rows else "")))
 
     def steps(self, stride=1):
         """0, stride, ... below --steps, with a progress bar. Ctrl-C ends the run after a turn."""
@@ -1092,23 +1029,24 @@ class Run:
                 raise KeyboardInterrupt
             self.interrupted = True
 
-        previous, first, total, start = {}, self.first_step, self.args.steps, time.perf_counter()
-        self.stride = stride  # optimizer steps in a turn of the loop
+        first, total, start, self.stride = self.first_step, self.args.steps, time.time(), stride
+        handlers = {}
         with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
-            previous = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+            handlers = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=total, initial=first, desc=self.name,
+                        disable=True if self.rank else None)  # None: if output is no terminal
         try:
-            hide = True if self.rank else None  # None: where the output is not a terminal
-            with tqdm(total=total, initial=first, desc=self.name, disable=hide) as self.bar:
-                for step in range(first, total, stride):
-                    start = time.perf_counter() if step <= first + 2 else start
-                    hours = (time.perf_counter() - start) / 8 * (total - step) / 3600
-                    if step == first + 10 and hours > 1:
-                        tqdm.write(f"This run will take about {hours:.1f} hours on this machine. "
-                                   "A short one: --size 96 --width 16 --steps 1500", sys.stdout)
-                    yield step
-                    self.bar.update(stride)
+            for step in range(first, total, stride):
+                start = time.time() if step <= first + 2 else start
+                hours = (time.time() - start) / 8 * (total - step) / 3600
+                if step == first + 10 and hours > 1:
+                    tqdm.write(f"This run will take about {hours:.1f} hours on this machine. "
+                               "A short one: --size 96 --width 16 --steps 1500", sys.stdout)
+                yield step
+                self.bar.update(stride)
         finally:
-            for s, handler in previous.items():
+            self.bar.close()
+            for s, handler in handlers.items():
                 signal.signal(s, handler)
 
     def backward(self, loss):
@@ -1131,28 +1069,22 @@ class Run:
     def save(self, step):
         """End of a step: every 20 a row of log.csv, every --val-every validation and checkpoints.
         A term that is not finite ends the run, and nothing is saved after that."""
-        args, data, log, stride = self.args, self.data, self.folder / "log.csv", self.stride
-        done = step + stride
-        validate = done % args.val_every < stride or done == args.steps
-        write = done % 20 < stride or validate
+        args, data, done = self.args, self.data, step + self.stride
+        validate = done % args.val_every < self.stride or done == args.steps
+        write = done % 20 < self.stride or validate
         if not (write or (self.interrupted and self.processes == 1)):
             return
         self.interrupted = any(self.gather(self.interrupted))
         row, better = {k: v.item() / self.count for k, v in self.sums.items()}, False
         for k, value in row.items():
             if not math.isfinite(value):
-                stop(f"{k} is {value} between steps {done - self.count * stride} and {done}; "
+                stop(f"{k} is {value} between steps {done - self.count * self.stride} and {done}; "
                      f"{self.folder} has the checkpoint before that. Lower --lr.", status=1)
+        self.bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "lam") if k in row},
+                             best=f"{self.best:.1f}")
+        row = {"step": done, **row, "val_dice": ""}
         if validate or self.interrupted:
             self.average_statistics()
-            cuda = torch.cuda.get_rng_state(args.device) if self.device_type == "cuda" else None
-            rng = self.gather((torch.get_rng_state(), cuda))
-        if self.rank:  # the first process validates and writes
-            self.sums, self.count = {}, 0
-            return sys.exit(130) if self.interrupted else None
-        shown = {k: f"{row[k]:.3f}" for k in ("loss", "lam") if k in row}
-        self.bar.set_postfix(**shown, best=f"{self.best:.1f}")
-        row["val_dice"] = ""
         if validate:
             scores = evaluate(self.predict, self.networks, data, "val", distances=False)
             dice = {k: s["dice"] or 0.0 for k, s in scores.items()}
@@ -1161,10 +1093,10 @@ class Run:
             row["val_dice"] = reported = next(iter(dice.values()))
             better, self.best = reported > self.best, max(reported, self.best)
         if write:
-            header = "" if log.exists() and log.stat().st_size else ",".join(["step", *row]) + "\n"
-            with open(log, "a") as file:
-                print(header + ",".join(map(str, [done, *row.values()])), file=file)
+            self.rows.append(list(map(str, row.values())))
             self.sums, self.count = {}, 0
+            lines = "".join(",".join(cells) + "\n" for cells in [row, *self.rows])
+            write_aside(self.folder / "log.csv", lambda aside: aside.write_text(lines))
         if validate or self.interrupted:  # best.pt: what predicting needs, last.pt: what --resume
             state = {"method": self.name, "step": done, "best": self.best, "size": args.size,
                      "width": args.width, "channels": data.channels, "classes": data.classes,
@@ -1172,38 +1104,43 @@ class Run:
                      "scaling": "8 bit / 255, others by their volume's 0.5 to 99.5 percentiles",
                      "networks": {k: network.state_dict() for k, network in self.networks.items()}}
             if better:
-                write_aside(self.folder / "best.pt", lambda path: torch.save(state, path))
+                write_aside(self.folder / "best.pt", lambda aside: torch.save(state, aside))
+            cuda = torch.cuda.get_rng_state(args.device) if self.device_type == "cuda" else None
             state |= {k: part.state_dict() for k, part in self.parts.items()}
-            state |= {"rng": rng, "sums": self.sums, "count": self.count}
-            write_aside(self.folder / "last.pt", lambda path: torch.save(state, path))
+            state |= {"rng": self.gather((torch.get_rng_state(), cuda)), "sums": self.sums,
+                      "count": self.count, "rows": self.rows, "drawn": data.drawn}
+            write_aside(self.folder / "last.pt", lambda aside: torch.save(state, aside))
         if self.interrupted:
             self.bar.close()
-            command = shlex.join(word for word in sys.argv if word != "--resume")
-            n = self.processes
-            command = (f"torchrun --nproc-per-node {n} " if n > 1 else "python ") + command
-            print(f"stopped; saved at step {done}. To continue: {command} --resume")
+            words, n = shlex.join(word for word in sys.argv if word != "--resume"), self.processes
+            start = f"torchrun --nproc-per-node {n}" if n > 1 else "python"
+            print(f"stopped; saved at step {done}. To continue: {start} {words} --resume")
             sys.exit(130)
 
     def finish(self):
         """Score the test units, once, with the best and last networks; write and return results."""
         data, args = self.data, self.args
-        if self.rank:
-            return {}
-        save_preview(self)
+        chosen = examples(data, "val")
+        x = data.load_images(chosen)
+        with evaluating(self.networks):
+            columns = {"image": x, "truth": data.load_labels(chosen)}
+            columns |= {k: p.argmax(1) for k, p in self.predict(self.networks, x).items()}
+            columns |= self.pictures(self.networks, x)
+        save_sheet(self.folder / "preview.png", x, columns)
         last = evaluate(self.predict, self.networks, data, "test")
         best_step = self.load("best.pt")["step"]
         best = evaluate(self.predict, self.networks, data, "test")
-        table = {k: {"best": best[k], "last": last[k]} for k in last}
         name, head = next(iter(last.items()))
         results = {"method": self.name, "dataset": data.name, "labeled": self.labeled,
                    "options": args.options, "seed": args.seed, "steps": args.steps,
                    "split": data.split_hash,
                    "headline": {"network": name, **{m: head[m] for m in METRICS}},
-                   "best_step": best_step, "networks": table}
-        self.write_json("results.json", results)
+                   "best_step": best_step,
+                   "networks": {k: {"best": best[k], "last": last[k]} for k in last}}
+        write_json(self.folder / "results.json", results)
         print(f"\nTest: {len(data.volumes('test'))} volumes of {len(data.split['test'])} units\n"
               f"{'network, checkpoint':32}  Dice % Jaccard %  HD95 px ASD px")
-        for k in table:
+        for k in last:
             for label, scores in (("last", last[k]), (f"best on val ({best_step})", best[k])):
                 cells = ["n/a" if scores[m] is None else f"{scores[m]:.2f}" for m in METRICS]
                 mark = "  <- headline" * (scores is head)
@@ -1252,19 +1189,7 @@ def save_sheet(path, x, columns):
     sheet = tvf.to_pil_image(F.pad(grid, (0, 0, 40, 0), value=255))
     for i, title in enumerate(columns):
         ImageDraw.Draw(sheet).text((4 + i * 162, 3), title, "black", ImageFont.load_default(13))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, lambda aside: sheet.save(aside, "PNG"))
-
-
-def save_preview(run):
-    """preview.png: image, truth, labels, the paper's columns for slices of 4 validation volumes."""
-    chosen = examples(run.data, "val")
-    x = run.data.load_images(chosen)
-    columns = {"image": x, "truth": run.data.load_labels(chosen)}
-    with evaluating(run.networks):
-        columns |= {k: p.argmax(1) for k, p in run.predict(run.networks, x).items()}
-        columns |= run.pictures(run.networks, x)
-    save_sheet(run.folder / "preview.png", x, columns)
+    write_png(path, sheet)
 
 
 def check(args):
@@ -1308,6 +1233,29 @@ def load_run(path, device):
     return state, networks, module.predict
 
 
+def load_network(path, network):
+    """--init: copy the first network of a run that has this one's layers and sizes."""
+    state, found, _ = load_run(path, "cpu")
+    for name in sorted(found, key=lambda name: name != state["reported"][0]):
+        with contextlib.suppress(RuntimeError):  # another architecture, or other sizes
+            network.load_state_dict(found[name].state_dict())
+            return print(f"--init: starting from {name} of {path}")
+    stop(f"--init {path} holds {some(found)}, none with this run's layers and sizes. Expected the "
+         "U-Net of a run on the same dataset and with the same --width.")
+
+
+def hidden_dice(labels, data):
+    """For --debug-oracle, to print: label maps (N, S, S) against hidden masks, if there are any."""
+    known, found = [i for i in data.unlabeled if data.has_mask[i]], []
+    for i in known:
+        mask = Image.fromarray(data.truth(i)).resize(labels.shape[:0:-1], Image.NEAREST)
+        for c in range(1, data.classes):
+            scores = mask_scores(labels[i] == c, np.asarray(mask) == c, distances=False)
+            found += [scores["dice"]] if scores else []
+    mean = f"{sum(found) / len(found):.2f}" if found else "unknown"
+    return f"Dice of pseudo-labels {mean} ({len(known)} images with hidden masks)"
+
+
 def predict_images(args):
     """Segment images with a run's network: masks of class numbers at each image's size, overlays.
 
@@ -1317,134 +1265,114 @@ def predict_images(args):
     source = args.images / "images" if (args.images / "images").is_dir() else args.images
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [path for path in files if path.suffix.lower() in ENDINGS and path.name[0] != "."]
-    if not files:
-        stop(f"--images {args.images}: no images there. Expected files {' '.join(ENDINGS)}")
-    twice = [name for name, n in Counter(path.stem for path in files).items() if n > 1]
-    if twice:
-        stop(f"--images: two files for {some(twice)}, and one mask each to write. Keep one.")
-    if args.network and args.network not in state["reported"]:
-        stop(f"--network {args.network}: the run has {', '.join(state['reported'])}.")
-    network, names = args.network or state["reported"][0], state["class_names"]
+    if not files or len({path.stem for path in files}) < len(files):
+        stop(f"--images {args.images}: {'two files of one name' if files else 'no images'} there. "
+             f"Expected files {' '.join(ENDINGS)}, each with a name of its own.")
+    network = args.network or state["reported"][0]
+    if network not in state["reported"]:
+        stop(f"--network {network}: the run has {', '.join(state['reported'])}.")
+    size, names, bad = (state["size"],) * 2, state["class_names"][1:], []
+    mode = "L" if state["channels"] == 1 else "RGB"
     flips = [(), (2,), (3,), (2, 3)] if args.tta else [()]
-    size, mode, volumes, bad = state["size"], "RGB" if state["channels"] == 3 else "L", {}, []
-    for path in files:
-        volumes.setdefault(parse_name(path.stem)[1], []).append(path)
-    for part in ("masks", "overlays"):
-        (args.out / part).mkdir(parents=True, exist_ok=True)
 
-    def read():
-        for paths in volumes.values():
-            arrays = {}
-            for path in paths:
-                try:
-                    arrays[path] = read_pixels(path)
-                except ValueError as error:
-                    bad.append(path)
-                    bar.write(f"skipped: {error}", sys.stderr)
-            for path, array in zip(arrays, scale_volume(list(arrays.values())), strict=True):
+    def pictures():
+        for _, paths in itertools.groupby(files, lambda path: parse_name(path.stem)[1]):
+            for path, array in read_volume(paths, bad).items():
                 yield path.stem, Image.fromarray(array).convert(mode)
 
-    images = read()
+    images = pictures()
     with tqdm(total=len(files), desc="predicting", disable=None) as bar, evaluating(networks):
         while chunk := list(itertools.islice(images, 16)):
-            x = [tvf.to_image(image.resize((size, size), Image.BILINEAR)) for _, image in chunk]
+            x = [tvf.to_image(image.resize(size, Image.BILINEAR)) for _, image in chunk]
             x = torch.stack(x).to(args.device) / 255
             probs = sum(predict(networks, x.flip(f))[network].flip(f) for f in flips)
             for (name, image), p in zip(chunk, probs, strict=True):
                 p = F.interpolate(p[None], image.size[::-1], mode="bilinear")
                 label = p.argmax(1)[0].to(torch.uint8).cpu()
-                Image.fromarray(label.numpy()).save(args.out / "masks" / f"{name}.png")
                 picture = tvf.to_pil_image(overlay(tvf.to_image(image) / 255, label))
-                height = image.height + 16 * len(names) - 16
-                sheet = Image.new("RGB", (max(image.width, 150), height))
+                sheet = Image.new("RGB", (max(image.width, 150), image.height + 16 * len(names)))
                 sheet.paste(picture)
-                draw = ImageDraw.Draw(sheet)
-                for c, title in enumerate(names[1:]):
-                    y = image.height + 16 * c
-                    draw.rectangle((4, y + 3, 13, y + 12), COLORS[c % len(COLORS)])
-                    draw.text((18, y), title, "white", ImageFont.load_default(12))
-                sheet.save(args.out / "overlays" / f"{name}.png")
+                for c, title in enumerate(names):  # the legend
+                    ImageDraw.Draw(sheet).text((4, image.height + 16 * c), title,
+                                               COLORS[c % len(COLORS)], ImageFont.load_default(12))
+                mask, file = Image.fromarray(label.numpy()), f"{name}.png"
+                write_png(args.out / "masks" / file, mask)
+                write_png(args.out / "overlays" / file, sheet)
                 bar.update()
     print(f"{len(files) - len(bad)} of {len(files)} images segmented by {network} of {args.run}, "
           f"{state['method']} at step {state['step']}: {args.out}/masks and {args.out}/overlays")
     if bad:
-        stop(f"{len(bad)} files could not be read: {some([p.name for p in bad])}", status=1)
+        stop(f"{len(bad)} files could not be read and were skipped:\n  "
+             + some(bad, 10, "\n  "), status=1)
 
 
 def save_strips(rows, out):
     """For each dataset a picture of the same test images by the first run of each row."""
-    for dataset in {order[0] for order in rows}:
-        data = None
-        for (name, _, labeled, _, method), runs in sorted(rows.items()):
-            folder, results = next(iter(runs.values()))
-            if name != dataset:
-                continue
-            if data is None:
-                args = json.loads((folder / "args.json").read_text()) | {"device": "cpu"}
+    for dataset in {key[0] for key in rows}:
+        columns = {}
+        for key in sorted(key for key in rows if key[0] == dataset):
+            run = next(iter(rows[key].values()))
+            if not columns:
+                args = json.loads((run["folder"] / "args.json").read_text()) | {"device": "cpu"}
                 data = Data(argparse.Namespace(**args))
                 data.decode()
                 chosen = examples(data, "test")
                 x = data.load_images(chosen)
                 columns = {"image": x, "truth": data.load_labels(chosen)}
-            state, networks, predict = load_run(folder, "cpu")
+            state, networks, predict = load_run(run["folder"], "cpu")
             with evaluating(networks):
                 labels = predict(networks, x)[state["reported"][0]].argmax(1)
-            columns[f"{method}\n{labeled}, Dice {results['headline']['dice']:.1f}"] = labels
+            columns[f"{key[-1]}\n{key[2]}, Dice {run['headline']['dice']:.1f}"] = labels
         save_sheet(out / f"{dataset}.png", x, columns)
 
 
 def compare(folders, out):
     """A table of runs as Markdown and CSV, and a strip of test images; see the README."""
-    found, known, rows = [], {}, {}
+    runs, known, rows = [], {}, {}
     for folder in map(Path, folders):
         try:
-            results, split = (json.loads((folder / name).read_text())
-                              for name in ("results.json", "split.json"))
+            run, split = (json.loads((folder / name).read_text())
+                          for name in ("results.json", "split.json"))
         except (OSError, ValueError) as error:
             stop(f"{folder} is not the folder of a finished run: {error}")
-        same = {results["dataset"]: split["val"] + split["test"],
-                (results["dataset"], results["labeled"]): split["hash"]}
-        for key, value in same.items():
+        for key, value in ((run["dataset"], split["val"] + split["test"]),
+                           ((run["dataset"], run["labeled"]), split["hash"])):
             first, expected = known.setdefault(key, (folder, value))
             if value != expected:
                 stop(f"{folder} and {first} have different splits. Compare runs on the same units.")
-        found.append((folder, results))
-    options = [set(map(str, results["options"].items())) for _, results in found]
-    for folder, results in found:  # a row is named by the options that not all rows share
-        method = [results["method"], *(f"{k}={v}" for k, v in results["options"].items()
-                                       if not all(str((k, v)) in shared for shared in options))]
-        full = results["labeled"] == "100%"
-        order = results["dataset"], full, results["labeled"], method[0] != "supervised"
-        rows.setdefault((*order, " ".join(method)), {})[results["seed"]] = folder, results
+        runs.append(run | {"folder": folder})
+    shared = set.intersection(*(set(run["options"].items()) for run in runs))
+    for run in runs:  # a row is named by the options that not all runs share
+        options = [f"{k}={v}" for k, v in run["options"].items() if (k, v) not in shared]
+        key = (run["dataset"], run["labeled"] == "100%", run["labeled"],
+               run["method"] != "supervised", " ".join([run["method"], *options]))
+        rows.setdefault(key, {})[run["seed"]] = run
 
-    def scores(runs):
-        """Dice (seeds, volumes, classes), NaN where undefined, in one order of volumes."""
-        heads = [r["networks"][r["headline"]["network"]]["last"] for _, r in runs.values()]
+    def scores(row):
+        """Dice (seeds, volumes, classes), masked where undefined, in one order of volumes."""
+        heads = [run["networks"][run["headline"]["network"]]["last"] for run in row.values()]
         heads = [head["volumes"] for head in heads]
-        return np.array([[[(s or {"dice": np.nan})["dice"] for s in head[v].values()]
-                          for v in sorted(head)] for head in heads], float)
+        return np.ma.masked_invalid([[[(s or {"dice": np.nan})["dice"] for s in head[v].values()]
+                                      for v in sorted(head)] for head in heads])
 
     def dice(a, chosen):
-        """Mean over classes of the mean over chosen volumes (R, V), mean over seeds: (R,)."""
-        with np.errstate(invalid="ignore"):
-            known = ~np.isnan(a)[:, chosen]
-            return np.nanmean(np.nan_to_num(a)[:, chosen].sum(2) / known.sum(2), (0, 2))
+        """Mean over chosen volumes (R, V), over classes and seeds: (R,)."""
+        return np.asarray(a[:, chosen].mean(2).mean((0, 2)))
 
     table = [["dataset", "labelled", "method", "seeds", "Dice %", "Jaccard %", "HD95 px", "ASD px",
               "gain in Dice (95% interval)"]]
-    for order, runs in sorted(rows.items()):
-        dataset, _, spec, _, method = order
-        values = np.array([[r["headline"][m] for m in METRICS] for _, r in runs.values()], float)
-        cells = [f"{m:.2f} ± {s:.2f}" if len(runs) > 1 else f"{m:.2f}" for m, s in
-                 zip(values.mean(0), values.std(0, ddof=len(runs) > 1), strict=True)]
-        base, gain = rows.get((*order[:3], False, "supervised")), ""
-        if base and order[3]:
-            a, b = scores(runs), scores(base)
+    for key, row in sorted(rows.items()):
+        values = np.array([[run["headline"][m] for m in METRICS] for run in row.values()], float)
+        cells = [f"{m:.2f} ± {s:.2f}" if len(row) > 1 else f"{m:.2f}" for m, s in
+                 zip(values.mean(0), values.std(0, ddof=len(row) > 1), strict=True)]
+        base, gain = rows.get((*key[:3], False, "supervised")), ""
+        if base and key[3]:
+            a, b = scores(row), scores(base)
             chosen = np.random.default_rng(0).integers(a.shape[1], size=(2000, a.shape[1]))
             low, high = np.percentile(dice(a, chosen) - dice(b, chosen), [2.5, 97.5])
             every = np.arange(a.shape[1])[None]
             gain = f"{(dice(a, every) - dice(b, every))[0]:+.2f} ({low:+.2f} to {high:+.2f})"
-        table.append([dataset, spec, method, " ".join(map(str, runs)), *cells, gain])
+        table.append([key[0], key[2], key[4], " ".join(map(str, row)), *cells, gain])
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|-" * len(table[0]) + "|")
     out.mkdir(parents=True, exist_ok=True)
@@ -1458,14 +1386,15 @@ def compare(folders, out):
 
 def main(argv=None):
     command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    p = argparse.ArgumentParser(f"common.py {command}")
+    add = p.add_argument
     if command == "check":
         args = parse(parser(check.__doc__), argv)
         args.labeled, args.device = args.labeled or "10%", "cpu"
         check(args)
     elif command == "phantom":
-        p = argparse.ArgumentParser("common.py phantom", description="Write the phantom as files.")
-        p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
-        p.add_argument("--size", type=number(int, 16), default=64)
+        add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
+        add("--size", type=number(int, 16), default=64)
         args = p.parse_args(argv)
         if args.out.exists():
             stop(f"--out {args.out} exists. Name a new folder.")
@@ -1479,8 +1408,7 @@ def main(argv=None):
         print(f"{len(names)} images in {args.out}. Try:\n"
               f"python mean_teacher.py --data {args.out} --size {args.size} --labeled 10%")
     elif command == "predict":
-        p = argparse.ArgumentParser("common.py predict", description=predict_images.__doc__)
-        add = p.add_argument
+        p.description = predict_images.__doc__
         add("--run", required=True, metavar="RUN", help="a run folder, or its best.pt or last.pt")
         add("--images", type=Path, required=True, metavar="PATH", help="a folder, or one image")
         add("--out", type=Path, required=True, metavar="FOLDER", help="for masks and overlays")
@@ -1491,9 +1419,9 @@ def main(argv=None):
         args.device = choose_device(args.device)
         predict_images(args)
     elif command == "compare":
-        p = argparse.ArgumentParser("common.py compare", description=compare.__doc__)
-        p.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
-        p.add_argument("--out", type=Path, default="comparison", metavar="FOLDER")
+        p.description = compare.__doc__
+        add("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+        add("--out", type=Path, default="comparison", metavar="FOLDER")
         args = p.parse_args(argv)
         compare(args.runs, args.out)
     else:

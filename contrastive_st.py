@@ -170,7 +170,7 @@ def pseudo_labels(labeler, data, agreement, seed):
     trusted, cuda = torch.ones(len(labels), dtype=torch.bool), "cuda" in data.args.device
     with torch.no_grad(), torch.random.fork_rng([data.args.device] * cuda):
         torch.manual_seed(seed)  # the same views after --resume
-        for chunk in data.unlabeled.indices.split(16):
+        for chunk in torch.tensor(data.unlabeled).split(16):
             x = data.load_images(chunk)
             labels[chunk] = labeler(x).argmax(1).byte().cpu()
             if agreement > 0:

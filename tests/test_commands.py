@@ -82,7 +82,7 @@ def test_predict_names_and_skips_what_it_cannot_read(trained, tmp_path, capsys):
         predict("--run", folder, "--images", images, "--out", tmp_path / "out")
     err = capsys.readouterr().err
     assert stopped.value.code == 1 and "2 files could not be read" in err
-    assert "skipped: case05.png" in err and "skipped: text.jpg" in err
+    assert "\n  case05.png: " in err and "\n  text.jpg: " in err
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 13
 
 

@@ -267,7 +267,7 @@ def test_labels_come_from_the_network_at_the_end_of_the_stage_before(make_datase
 
     def spy(labeler, data, agreement, seed):
         labels, trusted = label(labeler, data, agreement, seed)
-        index = data.unlabeled.indices
+        index = torch.tensor(data.unlabeled)
         expected = labeler(data.load_images(index)).argmax(1)  # in evaluation mode, not augmented
         assert not labeler.training and torch.equal(torch.from_numpy(labels[index]).long(), expected)
         assert not labels[data.indices("labeled")].any() and not labels[data.indices("test")].any()
@@ -319,7 +319,7 @@ def test_init_replaces_stage_1(make_dataset, options, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "No such file"), ("text", "is not a checkpoint"), ("other", "holds student, teacher, none with"), ("dict", "KeyError")])
+    (None, "No such file"), ("text", "cannot be used"), ("other", "holds student, teacher, none with"), ("dict", "KeyError")])
 def test_init_says_what_is_wrong(make_dataset, options, tmp_path, capsys, content, message):
     file = tmp_path / "given.pt"
     if content == "text":
@@ -327,11 +327,12 @@ def test_init_says_what_is_wrong(make_dataset, options, tmp_path, capsys, conten
     elif content == "dict":
         torch.save({"weights": 1}, file)
     elif content == "other":
-        torch.save({"networks": {name: UNet(1, 4, 4).state_dict() for name in ("student", "teacher")}}, file)
+        networks = {name: UNet(1, 4, 4).state_dict() for name in ("student", "teacher")}  # 4 classes, not 3
+        torch.save({"method": "mean_teacher", "channels": 1, "classes": 4, "width": 4, "reported": ["teacher"], "networks": networks}, file)
     with pytest.raises(SystemExit) as stopped:
         st.main(options(make_dataset(), "--init", str(file), steps=3))
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and "Expected" in error and "--init" in error
+    assert stopped.value.code == 2 and message in error and "Expected" in error
 
 
 def test_agreement_leaves_images_out(make_dataset, options, tmp_path, monkeypatch):
@@ -361,9 +362,9 @@ def test_agreement_draws_the_same_views_after_resume_and_leaves_the_stream_alone
     labels_2, trusted_2 = st.pseudo_labels(labeler, data, 0.3, 5)
     assert np.array_equal(labels, labels_2) and torch.equal(trusted, trusted_2)
     torch.manual_seed(5)
-    x = data.load_images(data.unlabeled.indices)
+    x = data.load_images(torch.tensor(data.unlabeled))
     a, b = (labeler(common.strong(x)).argmax(1) for _ in range(2))
-    kept = trusted[data.unlabeled.indices]
+    kept = trusted[torch.tensor(data.unlabeled)]
     assert torch.equal(kept, st.dice_agreement(a, b, 3) >= 0.3) and kept.any() and not kept.all()
 
 

@@ -422,14 +422,14 @@ def test_pseudo_labels_never_leave_their_boxes_and_tags(more, make_dataset, opti
         data.images = ((maps[:, None] >> c & 1) * 255).astype(np.uint8)
         torch.manual_seed(c)
         for _ in range(4):
-            batch = data.batch(maps)
-            label = mlds.pseudo_label(10 * torch.randn(8, 4, 32, 32), batch.map_u)
-            assert not (label[batch.x_u[:, 0] == 0] == c).any() and (label == c).any()
-            inside = batch.x_u[:, 0] == 1  # and inside it the class may still be chosen
+            _, _, x_u, map_u, index_u = data.batch(maps)
+            label = mlds.pseudo_label(10 * torch.randn(8, 4, 32, 32), map_u)
+            assert not (label[x_u[:, 0] == 0] == c).any() and (label == c).any()
+            inside = x_u[:, 0] == 1  # and inside it the class may still be chosen
             sure = torch.zeros(8, 4, 32, 32)
             sure[:, c] = 9
-            assert (mlds.pseudo_label(sure, batch.map_u)[inside] == c).all() and inside.any()
-            for k, i in enumerate(batch.index_u.tolist()):
+            assert (mlds.pseudo_label(sure, map_u)[inside] == c).all() and inside.any()
+            for k, i in enumerate(index_u.tolist()):
                 assert set(label[k].unique().tolist()) <= {b for b in range(4) if (maps[i] >> b & 1).any()}
 
 
