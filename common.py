@@ -980,8 +980,8 @@ class Run:
             network.to(self.args.device, memory_format=form)
             for tensor in network.state_dict().values() if self.processes > 1 else ():
                 dist.broadcast(tensor, 0)  # all processes start alike
-            if self.args.compile:
-                network.compile()
+            for module in (network, *network.children()) if self.args.compile else ():
+                module.compile()  # parts, too: a method may call an encoder alone
         return networks
 
     def keep(self, networks, optimizers, predict, pictures):
@@ -1120,6 +1120,8 @@ class Run:
     def finish(self):
         """Score the test units, once, with the best and last networks; write and return results."""
         data, args = self.data, self.args
+        if self.rank:  # no one waits for the first process, which may have a disk of its own
+            return {}
         chosen = examples(data, "val")
         x = data.load_images(chosen)
         with evaluating(self.networks):

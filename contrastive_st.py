@@ -151,7 +151,7 @@ def predict(networks, x):
 def embed(networks, x):
     """Images (B, channels, H, W) -> logits (B, C, H, W), embeddings (B, 16, H, W), float32."""
     network, projection = networks["network"], networks["head"]
-    features = network.decoder(network.encoder(x))[-1]  # in parts: --compile does not reach them
+    features = network.decoder(network.encoder(x))[-1]
     return network.head(features).float(), projection(features).float()
 
 
