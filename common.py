@@ -10,6 +10,7 @@ import contextlib
 import csv
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -264,8 +265,6 @@ def strong(x):
     def uniform(low, high):
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
-    if len(x) == 0:
-        return x
     mean = x.mean((1, 2, 3), keepdim=True)
     x = ((x - mean) * uniform(0.5, 1.5) + mean + uniform(-0.2, 0.2)).clamp(1e-4, 1)
     x = x ** torch.exp2(uniform(-0.7, 0.7))
@@ -317,23 +316,24 @@ class Data:
 
     def volumes(self, part):
         """{volume: image numbers in slice order} of a part."""
-        volumes = {}
-        for i in self.indices(part):
-            volumes.setdefault(self.volumes_of[i], []).append(i)
-        return volumes
+        groups = itertools.groupby(self.indices(part), lambda i: self.volumes_of[i])
+        return {volume: list(indices) for volume, indices in groups}
+
+    def on_device(self, array):
+        """An array as a tensor on the device; to a GPU it travels while the CPU goes on."""
+        x, cuda = torch.from_numpy(array), "cuda" in self.args.device
+        return (x.pin_memory() if cuda else x).to(self.args.device, non_blocking=cuda)
 
     def load_images(self, indices):
         """Image numbers (B,) -> floats in [0, 1] (B, channels, S, S) on the device."""
-        indices, device = torch.as_tensor(indices), self.args.device
         if torch.is_tensor(self.images):  # all of them are on the GPU
-            return self.images[indices.to(device)] / 255
-        x = torch.from_numpy(self.images[indices.numpy()])
-        return (x.pin_memory() if "cuda" in device else x).to(device, non_blocking=True) / 255
+            return self.images[self.on_device(np.asarray(indices))] / 255
+        return self.on_device(self.images[np.asarray(indices)]) / 255
 
     def load_labels(self, indices):
         """Numbers of images with visible masks (B,) -> masks (B, S, S), long, on the device."""
         rows = [self.label_rows[int(i)] for i in indices]
-        return torch.from_numpy(self.labels[rows]).to(self.args.device).long()
+        return self.on_device(self.labels[rows]).long()
 
     def draw(self):
         """Numbers of the next batch's labelled and of its unlabelled images, two tensors."""
@@ -351,8 +351,9 @@ class Data:
         """
         rank, processes = world()  # under torchrun each takes its share of the batch
         index_l, index_u = (index[rank::processes] for index in self.draw())
-        map_u = [] if maps is None else [torch.from_numpy(maps[index_u.numpy()])]
-        flip, map_u = self.args.flip, [m.to(self.args.device) for m in map_u]
+        flip, map_u = self.args.flip, []
+        if maps is not None:
+            map_u = [self.on_device(maps[index_u.numpy()])]
         x_l, y_l = weak(self.load_images(index_l), self.load_labels(index_l), flip=flip)
         x_u, *map_u = weak(self.load_images(index_u), *map_u, flip=flip)
         return x_l, y_l, x_u, map_u[0] if map_u else None, index_u
@@ -374,7 +375,7 @@ def some(items, most=4, between=", "):
 def explain(kind, error, trace):
     """sys.excepthook: an exhausted memory gets a message, other errors their traceback."""
     words = f"{kind.__name__}: {error}"
-    if not re.search("MemoryError|out of memory|t allocate memory", words):
+    if not re.search("MemoryError|out of memory|not enough memory|t allocate memory", words):
         return sys.__excepthook__(kind, error, trace)
     print("error: out of memory. Lower --batch-size and --unlabeled-batch, --size or --width; "
           "--resume continues from the last checkpoint.", file=sys.stderr)
@@ -397,11 +398,12 @@ def write_aside(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
+        if path.suffix in (".pt", ".json"):  # onto the disk, before the old one goes
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
         stop(f"{path} cannot be written ({error}); what was there before is still there.", status=1)
-    os.replace(aside, path)
 
 
 def write_json(path, content):
@@ -459,6 +461,8 @@ def choose_device(name):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # started by torchrun
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -487,7 +491,6 @@ def parse(parser, argv=None):
     cuda = args.device.startswith("cuda")
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
         if cuda:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)  # NCCL gathers objects through the current device
         dist.init_process_group("nccl" if cuda else "gloo")
         if dist.get_rank():  # the first process speaks for all
@@ -519,7 +522,7 @@ def parse_name(name):
 
 
 def list_files(folder, suffix=re.compile("$")):
-    """A folder's images {name: path}, in order of names; `suffix` is no part of a name."""
+    """A folder's images {name: path}, by volume and slice; `suffix` is no part of a name."""
     files = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = suffix.sub("", path.stem)
@@ -528,7 +531,7 @@ def list_files(folder, suffix=re.compile("$")):
                 stop(f"{path} is a folder or a broken link, not an image. Remove it.")
             if (other := files.setdefault(name, path)) != path:
                 stop(f"two files for {name}: {other.name} and {path.name}. Keep one.")
-    return files
+    return dict(sorted(files.items(), key=lambda item: (*parse_name(item[0])[1:], item[0])))
 
 
 def read_ids(path, names):
@@ -618,10 +621,9 @@ def find_files(data, args):
             if (root / f"{part}.txt").is_file():
                 lists[part] = read_ids(root / f"{part}.txt", images)
     data.name = root.resolve().name
-    data.names = sorted(images, key=lambda name: (*parse_name(name)[1:], name))  # volumes, slices
-    data.image_files = [images[name] for name in data.names]
-    data.mask_files = [masks.get(name) for name in data.names]
-    data.has_mask = [name in masks for name in data.names]
+    data.names, data.image_files = list(images), list(images.values())
+    data.mask_files = [masks.get(name) for name in images]
+    data.has_mask = [name in masks for name in images]
     data.units, data.volumes_of, _ = zip(*map(parse_name, data.names), strict=True)
     data.split = make_split(data.names, masks, lists, args.labeled, args.split_seed)
     args.labeled = args.labeled or "100%"
@@ -713,11 +715,12 @@ def cached(args, what, files, count, read, resample):
                 if bad:
                     stop(f"{len(bad)} bad files among the {what}; mend or remove them:\n  "
                          + some(bad, 10, "\n  "))
-                os.replace(Path(folder, key), path)
+                with contextlib.suppress(PermissionError):  # Windows: another run has it already
+                    os.replace(Path(folder, key), path)
         rows = np.memmap(path, np.uint8, "r").reshape(count, -1)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a file that lost its end in a power cut
         stop(f"the cache of decoded images, {path.parent}, cannot be used ({error}). Choose "
-             "another with --cache FOLDER, or free some space.")
+             "another with --cache FOLDER, or delete that one.")
     return rows[:, 12:].reshape(count, -1, args.size, args.size), rows[:, :12].copy().view("u4")
 
 
@@ -906,8 +909,8 @@ class Run:
         self.name, self.args, self.data = name, args, data
         self.labeled = Path(args.labeled).name.removesuffix(".txt")
         parent, start = Path(args.out, data.name), f"{name}-{self.labeled}-seed{args.seed}"
-        options = sorted((k, Path(str(v)).name) for k, v in args.options.items())
-        title = start + "".join(f"-{k}_{v}" for k, v in options)
+        options = sorted((k, re.sub(r"[\\/:]", "_", str(v))) for k, v in args.options.items())
+        title = start + "".join(f"-{k}_{v[-40:]}" for k, v in options)
         found = sorted(p.name for p in parent.glob("*") if f"{p.name}-".startswith(f"{start}-"))
         same = [re.fullmatch(re.escape(title) + r"(?:-(\d+))?", folder) for folder in found]
         numbers = [int(match[1] or 1) for match in same if match]
@@ -933,8 +936,7 @@ class Run:
             stop(f"--resume: {self.folder} has split {old}, the dataset {data.split_hash}. Restore "
                  "the dataset's files and lists, or leave --resume out.")
         write_json(split, {"hash": data.split_hash, **data.split})
-        write_json(self.folder / "args.json",
-                   {k: v for k, v in vars(args).items() if k != "options"})
+        write_json(self.folder / "args.json", vars(args))
         torch.manual_seed(args.seed + 1000 * self.rank)
         torch.backends.cudnn.benchmark = True
         self.device_type = torch.device(args.device).type
@@ -1003,7 +1005,12 @@ class Run:
               f"{data.split_hash}\nlabelled: {some(data.split['labeled'])}\n"
               f"run folder: {self.folder}")
         if self.resumed and (self.folder / "last.pt").exists():
-            state = self.load("last.pt")
+            try:
+                state = self.load("last.pt")
+                self.rows = state["rows"]
+            except Exception as error:  # torch.load raises a dozen types
+                stop(f"--resume: {self.folder}/last.pt cannot be used ({type(error).__name__}: "
+                     f"{str(error)[:200]}). Leave --resume out to start anew.")
             if len(state["rng"]) != self.processes:
                 stop(f"--resume: the run had {len(state['rng'])} processes, now {self.processes}.")
             for k, part in self.parts.items():
@@ -1015,7 +1022,6 @@ class Run:
                 torch.cuda.set_rng_state(cuda, args.device)
             self.first_step, self.best, self.count = state["step"], state["best"], state["count"]
             self.sums = {k: v.to(args.device) for k, v in state["sums"].items()}
-            self.rows = state["rows"]
             for _ in range(state["drawn"]):
                 data.draw()
         if args.resume:
@@ -1095,8 +1101,8 @@ class Run:
         if write:
             self.rows.append(list(map(str, row.values())))
             self.sums, self.count = {}, 0
-            lines = "".join(",".join(cells) + "\n" for cells in [row, *self.rows])
-            write_aside(self.folder / "log.csv", lambda aside: aside.write_text(lines))
+        lines = "".join(",".join(cells) + "\n" for cells in [row, *self.rows])
+        write_aside(self.folder / "log.csv", lambda aside: aside.write_text(lines))
         if validate or self.interrupted:  # best.pt: what predicting needs, last.pt: what --resume
             state = {"method": self.name, "step": done, "best": self.best, "size": args.size,
                      "width": args.width, "channels": data.channels, "classes": data.classes,
@@ -1265,11 +1271,9 @@ def predict_images(args):
     """
     state, networks, predict = load_run(args.run, args.device)
     source = args.images / "images" if (args.images / "images").is_dir() else args.images
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [path for path in files if path.suffix.lower() in ENDINGS and path.name[0] != "."]
-    if not files or len({path.stem for path in files}) < len(files):
-        stop(f"--images {args.images}: {'two files of one name' if files else 'no images'} there. "
-             f"Expected files {' '.join(ENDINGS)}, each with a name of its own.")
+    files = list(list_files(source).values()) if source.is_dir() else [source] * source.is_file()
+    if not files:
+        stop(f"--images {args.images}: no images there. Expected files {' '.join(ENDINGS)}.")
     network = args.network or state["reported"][0]
     if network not in state["reported"]:
         stop(f"--network {network}: the run has {', '.join(state['reported'])}.")
@@ -1277,12 +1281,9 @@ def predict_images(args):
     mode = "L" if state["channels"] == 1 else "RGB"
     flips = [(), (2,), (3,), (2, 3)] if args.tta else [()]
 
-    def pictures():
-        for _, paths in itertools.groupby(files, lambda path: parse_name(path.stem)[1]):
-            for path, array in read_volume(paths, bad).items():
-                yield path.stem, Image.fromarray(array).convert(mode)
-
-    images = pictures()
+    images = ((path.stem, Image.fromarray(array).convert(mode))
+              for _, paths in itertools.groupby(files, lambda path: parse_name(path.stem)[1])
+              for path, array in read_volume(paths, bad).items())
     with tqdm(total=len(files), desc="predicting", disable=None) as bar, evaluating(networks):
         while chunk := list(itertools.islice(images, 16)):
             x = [tvf.to_image(image.resize(size, Image.BILINEAR)) for _, image in chunk]
@@ -1324,7 +1325,8 @@ def save_strips(rows, out):
             state, networks, predict = load_run(run["folder"], "cpu")
             with evaluating(networks):
                 labels = predict(networks, x)[state["reported"][0]].argmax(1)
-            columns[f"{key[-1]}\n{key[2]}, Dice {run['headline']['dice']:.1f}"] = labels
+            dice = run["headline"]["dice"]
+            columns[f"{key[-1]}\n{key[2]}, Dice {math.nan if dice is None else dice:.1f}"] = labels
         save_sheet(out / f"{dataset}.png", x, columns)
 
 
@@ -1352,14 +1354,13 @@ def compare(folders, out):
 
     def scores(row):
         """Dice (seeds, volumes, classes), masked where undefined, in one order of volumes."""
-        heads = [run["networks"][run["headline"]["network"]]["last"] for run in row.values()]
-        heads = [head["volumes"] for head in heads]
+        heads = [r["networks"][r["headline"]["network"]]["last"]["volumes"] for r in row.values()]
         return np.ma.masked_invalid([[[(s or {"dice": np.nan})["dice"] for s in head[v].values()]
                                       for v in sorted(head)] for head in heads])
 
     def dice(a, chosen):
-        """Mean over chosen volumes (R, V), over classes and seeds: (R,)."""
-        return np.asarray(a[:, chosen].mean(2).mean((0, 2)))
+        """Mean over chosen volumes (R, V), then over classes, then over seeds: (R,)."""
+        return a[:, chosen].mean(2).mean(2).mean(0).filled(np.nan)
 
     table = [["dataset", "labelled", "method", "seeds", "Dice %", "Jaccard %", "HD95 px", "ASD px",
               "gain in Dice (95% interval)"]]
@@ -1371,16 +1372,16 @@ def compare(folders, out):
         if base and key[3]:
             a, b = scores(row), scores(base)
             chosen = np.random.default_rng(0).integers(a.shape[1], size=(2000, a.shape[1]))
-            low, high = np.percentile(dice(a, chosen) - dice(b, chosen), [2.5, 97.5])
+            low, high = np.nanpercentile(dice(a, chosen) - dice(b, chosen), [2.5, 97.5])
             every = np.arange(a.shape[1])[None]
             gain = f"{(dice(a, every) - dice(b, every))[0]:+.2f} ({low:+.2f} to {high:+.2f})"
         table.append([key[0], key[2], key[4], " ".join(map(str, row)), *cells, gain])
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|-" * len(table[0]) + "|")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.md").write_text("\n".join(lines) + "\n", "utf-8")
-    with open(out / "comparison.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(table)
+    text, cells = "\n".join(lines) + "\n", io.StringIO()
+    csv.writer(cells, lineterminator="\n").writerows(table)
+    write_aside(out / "comparison.md", lambda aside: aside.write_text(text, "utf-8"))
+    write_aside(out / "comparison.csv", lambda aside: aside.write_text(cells.getvalue(), "utf-8"))
     print("\n".join(lines))
     save_strips(rows, out)
     print(f"comparison.md, comparison.csv and a picture of each dataset are in {out}")
@@ -1392,7 +1393,7 @@ def main(argv=None):
     add = p.add_argument
     if command == "check":
         args = parse(parser(check.__doc__), argv)
-        args.labeled, args.device = args.labeled or "10%", "cpu"
+        args.labeled, args.device = args.labeled or "", "cpu"  # "": all masks, but on the phantom
         check(args)
     elif command == "phantom":
         add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
@@ -1402,9 +1403,8 @@ def main(argv=None):
             stop(f"--out {args.out} exists. Name a new folder.")
         names, images, masks, lists = phantom(args.size)
         for part, arrays in (("images", images[:, 0]), ("masks", masks)):
-            (args.out / part).mkdir(parents=True)
             for name, array in zip(names, arrays, strict=True):
-                Image.fromarray(array).save(args.out / part / f"{name}.png")
+                write_png(args.out / part / f"{name}.png", Image.fromarray(array))
         for part, units in lists.items():
             (args.out / f"{part}.txt").write_text("\n".join(units) + "\n")
         print(f"{len(names)} images in {args.out}. Try:\n"

@@ -46,6 +46,18 @@ def test_predict_a_folder_at_each_images_own_size(trained, tmp_path, capsys):
     assert "4 of 4 images segmented by network 1" in capsys.readouterr().out
 
 
+def test_predict_scales_a_volume_as_a_whole(trained, tmp_path, monkeypatch):
+    """Also if the names of its slices, sorted as text, have another volume between them."""
+    folder, root = trained
+    images, seen, read = tmp_path / "mine", [], common.read_volume
+    images.mkdir()
+    for name in ("p_slice_1", "p_slice_10", "p_slice_2 (copy)", "p_slice_2"):
+        np.save(images / f"{name}.npy", np.random.default_rng(0).normal(size=(24, 24)))
+    monkeypatch.setattr(common, "read_volume", lambda paths, bad: seen.append(paths := list(paths)) or read(paths, bad))
+    predict("--run", folder, "--images", images, "--out", tmp_path / "out")
+    assert sorted([path.stem for path in paths] for paths in seen) == [["p_slice_1", "p_slice_2", "p_slice_10"], ["p_slice_2 (copy)"]]
+
+
 def test_predict_equals_the_networks_own_labels_and_tta_their_mean(trained, tmp_path):
     folder, root = trained
     predict("--run", folder, "--images", root, "--out", tmp_path / "out")
@@ -185,6 +197,38 @@ def test_compare_gain_is_that_of_the_headlines_with_undefined_volumes(tmp_path, 
     rows = table_of(tmp_path / "out")
     gain = float(rows[1]["Dice %"]) - float(rows[0]["Dice %"])
     assert float(rows[1]["gain in Dice (95% interval)"].split()[0]) == pytest.approx(gain, abs=0.011)
+
+
+def test_compare_interval_leaves_undefined_samples_out(tmp_path, monkeypatch):
+    """One lesion in three images: samples without it say nothing, and do not say 0."""
+    a = fake_run(tmp_path / "a", "supervised", 0, [[None], [None], [60.0]])
+    b = fake_run(tmp_path / "b", "cps", 0, [[None], [None], [65.0]])
+    compare(monkeypatch, a, b, "--out", tmp_path / "out")
+    assert table_of(tmp_path / "out")[1]["gain in Dice (95% interval)"] == "+5.00 (+5.00 to +5.00)"
+
+
+def test_compare_gain_over_seeds_in_which_a_class_is_undefined(tmp_path, monkeypatch):
+    runs = []
+    for method, base in (("supervised", 40.0), ("cps", 80.0)):
+        for seed, second in ((0, None), (1, 0.0)):
+            folder = fake_run(tmp_path / f"{method}{seed}", method, seed, [[base, 20.0]])
+            results = json.loads((folder / "results.json").read_text())
+            results["networks"]["n"]["last"]["volumes"]["p0"]["2"] = second if second is None else {"dice": second}
+            results["headline"]["dice"] = base if second is None else base / 2
+            (folder / "results.json").write_text(json.dumps(results))
+            runs.append(folder)
+    compare(monkeypatch, *runs, "--out", tmp_path / "out")
+    rows = table_of(tmp_path / "out")
+    gain = float(rows[1]["Dice %"].split()[0]) - float(rows[0]["Dice %"].split()[0])
+    assert gain == 30 and rows[1]["gain in Dice (95% interval)"].startswith("+30.00")
+
+
+def test_compare_cannot_write(tmp_path, monkeypatch, capsys):
+    run, file = fake_run(tmp_path / "a", "cps", 0, [[50.0]]), tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(SystemExit) as stopped:
+        compare(monkeypatch, run, "--out", file)
+    assert stopped.value.code == 1 and "cannot be written" in capsys.readouterr().err
 
 
 def test_compare_tells_runs_apart_by_the_options_that_differ(tmp_path, monkeypatch):

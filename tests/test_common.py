@@ -342,6 +342,17 @@ def test_cache_is_used_renewed_and_whole(make_dataset, options, tmp_path, monkey
     assert not list((tmp_path / "cache").glob("building-*")), args
 
 
+@pytest.mark.parametrize("left", [0, 1000])
+def test_cache_that_lost_its_end_says_so(make_dataset, options, tmp_path, capsys, left):
+    root = make_dataset()
+    Data(parse(parser(""), options(root))).decode()
+    for path in (tmp_path / "cache").iterdir():
+        os.truncate(path, left)
+    with pytest.raises(SystemExit) as stopped:
+        Data(parse(parser(""), options(root))).decode()
+    assert stopped.value.code == 2 and "--cache FOLDER, or delete that one" in capsys.readouterr().err
+
+
 def test_cache_that_fails_leaves_nothing(make_dataset, options, tmp_path, monkeypatch, capsys):
     resize, calls = Image.Image.resize, []
 
@@ -403,6 +414,15 @@ def test_two_runs_never_share_a_folder(options, tmp_path):
     assert folders == [f"x-3-seed0-batch_size_2-size_32-steps_4-unlabeled_batch_2-width_4{s}" for s in ("", "-2", "-3")]
     saved = json.loads((tmp_path / "runs" / "phantom" / folders[0] / "args.json").read_text())
     assert saved["steps"] == 4 and saved["precision"] == "fp32" and saved["device"] == "cpu"
+
+
+def test_runs_from_two_files_of_one_name_have_two_folders(options):
+    names = set()
+    for init in ("a/last.pt", "b/last.pt", "/x:y\\z"):
+        args = parse(parser(""), options())
+        args.options = {"init": init}
+        names.add(Run("x", args, Data(args)).folder.name)
+    assert names == {"x-3-seed0-init_a_last.pt", "x-3-seed0-init_b_last.pt", "x-3-seed0-init__x_y_z"}
 
 
 def test_checkpoint_is_whole_or_old(tmp_path):

@@ -220,6 +220,40 @@ def test_killed_while_saving_resumes_from_the_checkpoint_before(options, tmp_pat
     assert equal(*(torch.load(f / "last.pt", weights_only=True) for f in (whole, parts)))
 
 
+def test_rows_after_the_checkpoint_are_cut(options, tmp_path, monkeypatch):
+    """Rows to step 80, a checkpoint of 60; resumed, and stopped by Ctrl-C before the next row."""
+    main, save = importlib.import_module("mean_teacher").main, common.Run.save
+    argv = options("phantom", "--val-every", "60", "--supervised", steps=120)
+
+    def stopping_at(last, how):
+        def stop_there(run, step):
+            run.interrupted = how == "Ctrl-C" and step == last
+            save(run, step)
+            if step == last:
+                raise KeyboardInterrupt
+        monkeypatch.setattr(common.Run, "save", stop_there)
+    stopping_at(84, "kill")
+    with pytest.raises(KeyboardInterrupt):
+        main(argv)
+    log = run_folder(tmp_path / "runs") / "log.csv"
+    assert [row["step"] for row in csv.DictReader(open(log))] == ["20", "40", "60", "80"]
+    stopping_at(64, "Ctrl-C")
+    with pytest.raises(SystemExit):
+        main([*argv, "--resume"])
+    assert [row["step"] for row in csv.DictReader(open(log))] == ["20", "40", "60"]
+
+
+def test_resume_from_a_damaged_checkpoint(options, tmp_path, capsys):
+    main, argv = importlib.import_module("mean_teacher").main, options("phantom", steps=2)
+    main(argv)
+    last = run_folder(tmp_path / "runs") / "last.pt"
+    last.write_bytes(content := last.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as stopped:
+        main([*argv, "--resume"])
+    assert stopped.value.code == 2 and "last.pt cannot be used" in capsys.readouterr().err
+    assert last.read_bytes() == content
+
+
 def test_resume_without_a_checkpoint_starts_at_0_and_says_so(options, capsys):
     importlib.import_module("mean_teacher").main(options("phantom", "--resume", steps=2))
     assert "no checkpoint yet, starting at step 0" in capsys.readouterr().out
