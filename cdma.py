@@ -37,8 +37,8 @@ Differences
        matters in short training, perhaps because branches that agree too early agree that a small
        class is not there; on the phantom, seed 10, CSA ended at 54 validation Dice with 10% and at
        76 with 40% (labelled-only U-Net: 77).
-    4. Like the authors' code: the unlabelled stream holds no labelled image, and both losses cover
-       the labelled images too.
+    4. Like the authors' code: the unlabelled stream holds no labelled image (at 100% all), and both
+       losses cover the labelled images too.
 """
 import math
 
@@ -73,7 +73,7 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        hidden = max(1, channels // 16)
+        hidden = max(1, channels // 16)  # [code]
         self.mlp = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.ReLU(True),
                                  nn.Conv2d(hidden, channels, 1, bias=False))
 
@@ -87,7 +87,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)  # 7: [paper]
 
     def forward(self, x):
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
@@ -212,14 +212,14 @@ def main(argv=None):
         x_l, y_l, x_u, *_ = data.batch()
 
         # 2 views
-        x_l, x_u = strong(x_l), strong(x_u)  # one view for all three branches
+        x_ls, x_us = strong(x_l), strong(x_u)  # one view for all three branches
 
         # 3 targets
         # none here: each branch's logits are the others' targets, detached in Eq. (1)
 
         # 4 losses
         with run.autocast():
-            logits_l, logits_u = network(x_l), network(x_u)  # {branch: (B, C, H, W)}
+            logits_l, logits_u = network(x_ls), network(x_us)  # {branch: (B, C, H, W)}
         logits = [torch.cat([logits_l[branch], logits_u[branch]]) for branch in ATTENTIONS]
         loss_sup = sum(supervised_loss(z, y_l) for z in logits_l.values()) / len(logits_l)
         loss_cdkd, loss_um = cdkd_loss(logits, args.temperature), um_loss(logits)

@@ -1408,7 +1408,8 @@ def main(argv=None):
         for part, units in lists.items():
             (args.out / f"{part}.txt").write_text("\n".join(units) + "\n")
         print(f"{len(names)} images in {args.out}. Try:\n"
-              f"python mean_teacher.py --data {args.out} --size {args.size} --labeled 10%")
+              f"python mean_teacher.py --data {args.out} --size {args.size} --width 16 --steps 800 "
+              "--labeled 10%")
     elif command == "predict":
         p.description = predict_images.__doc__
         add("--run", required=True, metavar="RUN", help="a run folder, or its best.pt or last.pt")

@@ -9,7 +9,8 @@ Idea
     in places, so they never train the classifier, only the features below it: a small head gives
     every pixel an embedding, and a few pixels of each foreground class are pulled towards their
     class's mean embedding, in their own image and in another, and away from the other classes'.
-    A mean over a region forgives wrong pixels. The better network labels again, in three rounds.
+    A mean over a region forgives wrong pixels. The better network labels again, in three rounds,
+    and is used in the end.
 
         x_u ---> labeler, the network when the round began ---> ŷ_u, kept for the round
         x_l ------> network ---> P ----- supervised loss ------ y
@@ -32,14 +33,16 @@ Equations (numbers are this file's)
 Differences
     1. From the paper: the network at the end of a stage labels, its learning rate being near 0 (the
        paper: the best on validation); no CRF cleans its labels. The stages' lengths are [ours].
-    2. With two classes background is a class too [ours]: with one, Eq. (4) would be constant.
+       --agreement goes by image and two strong views (theirs: by volume, also turned and flipped).
+    2. Binary data: background is a class too [ours]; over the foreground alone Eq. (4) is constant.
     3. From the authors' code: the mean over all terms is taken once (theirs divides inside its loop
        over pairs), images may lack a class, one strong view of an image serves both losses, and a
-       pair is a labelled and an unlabelled image (if the batches are of one size), under torchrun
-       of one process.
-    4. AdamW, CE + Dice as in all six files; a round goes on with all weights and Adam's state; the
-       images are labelled unaugmented [ours]. Labelled and unlabelled images pass separately, so
-       that BatchNorm never mixes them. The unlabelled stream holds no labelled image (at 100% all).
+       pair is a labelled and an unlabelled image (if both batches are of one size), under torchrun
+       two of one process.
+    4. From the paper: U-Net, AdamW and CE + Dice as in all six files; a round goes on with all
+       weights and Adam's state; images are labelled unaugmented [ours]. Labelled and unlabelled
+       images pass separately, so that BatchNorm never mixes them. The unlabelled stream holds no
+       labelled image (at 100% all). None of these differences was measured.
 """
 import copy
 
@@ -47,8 +50,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import common
-from common import Data, Run, UNet, parse, parser, poly_decay, set_lr, strong, supervised_loss
+from common import (
+    Data,
+    Run,
+    UNet,
+    hidden_dice,
+    load_network,
+    parse,
+    parser,
+    poly_decay,
+    set_lr,
+    strong,
+    supervised_loss,
+)
 
 WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
 EMBEDDING = 16  # [paper] channels of the head
@@ -113,7 +127,7 @@ def inter_loss(anchors, found, means, present, tau):
     """Eq. (5): L_inter = mean of −log q_c(z) and −log q_c'(z) over pairs x, x' and their anchors z.
 
     c: z's class in its own image, c': in the other, if it has the class; both images' means are in
-    the denominator. Pairs: first and last of the batch, and so on. Arguments as in Eq. (4).
+    the denominator. Pairs: first and last of the batch, and so on. Arguments, gradient: Eq. (4).
     """
     means, present = (torch.cat([m, m.flip(0)], 1) for m in (means, present))  # (B, 2K, ...)
     same = torch.eye(anchors.shape[1], device=means.device).bool().repeat(1, 2)  # (K, 2K)
@@ -184,9 +198,11 @@ def main(argv=None):
     options = parser(__doc__)
     add = options.own.add_argument
     add("--weight", type=float, default=0.1, help="λ of L_cont (%(default)s) [paper]")
-    add("--matching", choices=["inter", "intra"], default="inter", help="L_cont: Eq. (5) or (4)")
+    add("--matching", choices=["inter", "intra"], default="inter",
+        help="L_cont: Eq. (5) or Eq. (4) (%(default)s) [paper]")
     add("--init", metavar="FILE", help="start from a run's best.pt or last.pt, without stage 1")
-    add("--agreement", type=float, default=0.0, help="least Eq. (6) of two views' labels (0: off)")
+    add("--agreement", type=float, default=0.0,
+        help="keep images whose two views' labels have at least this Dice, Eq. (6) (0: all)")
     add("--debug-oracle", action="store_true", help="print how good labels are, by hidden masks")
     args = parse(options, argv)
     loss_of = inter_loss if args.matching == "inter" else intra_loss
@@ -197,12 +213,13 @@ def main(argv=None):
     networks = run.place(build(data.channels, data.classes, args.width))
     network, head, labeler = networks.values()
     if args.init:
-        common.load_network(args.init, network)
+        load_network(args.init, network)
     parameters = [*network.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
     run.keep(networks, [optimizer], predict, pictures)
     first = 0 if args.init else max(1, args.steps // 4)  # [ours] steps of stage 1
     starts = [first + k * (args.steps - first) // ROUNDS for k in range(ROUNDS + 1)]
+    # with two classes background counts too: Differences, 2
     classes = torch.arange(0 if data.classes == 2 else 1, data.classes, device=args.device)
     labels = None
 
@@ -216,10 +233,10 @@ def main(argv=None):
                 labeler.load_state_dict(network.state_dict())
             labels, trusted = pseudo_labels(labeler, data, args.agreement, args.seed + stage)
             if args.debug_oracle:
-                run.bar.write(f"round {stage}: {common.hidden_dice(labels, data)}")
+                run.bar.write(f"round {stage}: {hidden_dice(labels, data)}")
 
         # 1 batch
-        x_l, y_l, x_u, map_u, index_u = data.batch(maps=labels)
+        x_l, y_l, x_u, map_u, index_u = data.batch(labels)
 
         # 2 views
         x_ls, x_us = strong(x_l), strong(x_u)

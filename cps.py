@@ -30,15 +30,18 @@ Differences
     1. From the paper: U-Nets, AdamW and CE + Dice as in all six files (the paper: DeepLabv3+, SGD,
        CE). It matters little to a comparison of the six.
     2. From the paper: networks train on a common.strong view, pseudo-labels come from the weak one
-       [ours]; the paper takes one view for both.
-    3. From the paper: λ = 0.3 (the paper: 1.5 on VOC, 6 on Cityscapes; its code: 1 with CutMix on
-       VOC). It can matter in short training without a ramp: with λ = 1, the phantom's seed 10
-       ended at 74 validation Dice, with 0.3 at 82 (labelled-only: 77); seed 11 at 83 with both.
-    4. Like the authors' code: with CutMix, L_cps covers mixed unlabelled images only, without it
-       labelled ones too. Labelled and unlabelled images pass separately. The networks stay in train
-       mode when they make labels. The unlabelled stream holds no labelled image.
-    5. From the authors' code: the CutMix partner is the next image of the batch, not of a second
-       batch. It does not matter.
+       [ours]; the paper takes one view for both, as here labelled images do with --no-cutmix.
+    3. From the paper: λ = 0.3 (the paper: 1.5 on VOC, 6 on Cityscapes; the authors' code: 1 with
+       CutMix on VOC). It can matter in short training without a ramp: with λ = 1, the phantom's
+       seed 10 ended at 74 validation Dice, with 0.3 at 82 (labelled-only: 77); seed 11 at 83 with
+       both.
+    4. Like the authors' code: with CutMix, L_cps covers mixed unlabelled images only; without it
+       labelled ones too, as two means added [paper] (theirs: one mean over both, half as much).
+       Labelled and unlabelled images pass separately. The networks stay in train mode when they
+       make labels. The unlabelled stream holds no labelled image (at 100% all).
+    5. From the authors' code: the CutMix partner is the image before in the batch (theirs: of a
+       second batch), an image's boxes share one r and are less oblong, and where two overlap the
+       partner stays (theirs: the image itself shows again). Not measured.
 """
 import argparse
 
@@ -71,7 +74,7 @@ def cutmix_mask(b, h, w, boxes, area, device):
     """Eq. (2): M = 1 inside any of `boxes` random boxes of share r / boxes each, r ~ U(area).
 
     -> bool (B, H, W), drawn for each image; no gradient. A box of share s has the sides H √s e^a
-    and W √s e^-a, a ~ U(-1/2, 1/2), at most the image's, and lies wholly inside.
+    and W √s e^-a, a ~ U(-1/2, 1/2) [ours], at most the image's, and lies wholly inside.
     """
     low, high = area
     share = torch.empty(b, 1, device=device).uniform_(low, high).expand(b, boxes) / boxes
@@ -124,7 +127,7 @@ def main(argv=None):
     add = options.own.add_argument
     add("--weight", type=float, default=0.3, help="λ of L_cps (%(default)s) [ours]")
     add("--cutmix", action=argparse.BooleanOptionalAction, default=True,
-        help="mix unlabelled images")
+        help="mix unlabelled images [paper]")
     args = parse(options, argv)
 
     # data, run, networks, optimizer

@@ -36,8 +36,8 @@ Differences
     3. From the paper: AdamW with poly decay as in all six files, a ramp over 30% of the steps, EMA
        decay 0.99 throughout, and λ = 5 for few steps (the authors' code: 100 on CIFAR-10).
     4. Like the authors' code: the teacher runs in train mode with batch statistics of its own; only
-       parameters are averaged. The unlabelled stream holds no labelled image.
-    5. Unlike SSL4MIS's port (unlabelled images only, weight 0.1, clipped noise, student reported)
+       parameters are averaged. The unlabelled stream holds no labelled image (at 100% all).
+    5. Unlike SSL4MIS's port (unlabelled images only, weight 0.1, clipped noise, student reported),
        the consistency also covers labelled images, as in the paper, and the teacher is reported.
 """
 import copy
@@ -58,7 +58,7 @@ from common import (
 )
 
 WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
-EMA_DECAY = 0.99  # [paper] during its ramp-up; then 0.999, too slow for few steps
+EMA_DECAY = 0.99  # [paper] during the ramp-up; its 0.999 afterwards is too slow for few steps
 NOISE = 0.05  # [ours] standard deviation of the teacher's noise, on intensities from 0 to 1
 RAMP = 0.3  # [ours] share of the steps over which lambda grows; [paper] 40000 of 150000 on CIFAR-10
 
@@ -72,14 +72,15 @@ RAMP = 0.3  # [ours] share of the steps over which lambda grows; [paper] 40000 o
 def consistency_loss(probs_s, probs_t):
     """Eq. (1): L_cons = mean over images, pixels and classes of (P_s(x + η) − P_t(x + η'))².
 
-    probs_s, probs_t: (B, C, H, W). -> scalar. Gradient flows into probs_s; probs_t has none.
+    probs_s, probs_t: (B, C, H, W) -> scalar. Gradient flows into both; into the student alone if
+    probs_t was made under no_grad, as in main.
     Example: P_s = (1, 0), P_t = (0.5, 0.5) at every pixel gives 0.25.
     """
     return (probs_s - probs_t).square().mean()
 
 
 def ema_decay(step, decay):
-    """Eq. (2): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ... Short at first: 0, 1/2, 2/3
+    """Eq. (2): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ...; at first 0, 1/2, 2/3, ... [code].
 
     numbers -> number.
     """
@@ -100,7 +101,7 @@ def ema_update(teacher, student, alpha):
 
 
 def build(channels, classes, width):
-    """The student, and the teacher, which starts as its copy, untrained: {name: network}."""
+    """The student, and the teacher, its copy at the start, not trained itself: {name: network}."""
     student = UNet(channels, classes, width)
     return {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
 
@@ -113,7 +114,7 @@ def predict(networks, x):
 def pictures(networks, x):
     """Columns of preview.png: what is left to teach, and where the teacher is not sure itself."""
     probs_t, probs_s = predict(networks, x).values()
-    entropy = -(probs_t * probs_t.clamp_min(1e-8).log()).sum(1)
+    entropy = -torch.xlogy(probs_t, probs_t).sum(1)
     difference = (probs_s - probs_t).square().mean(1)
     return {"squared difference": difference, "teacher's entropy": entropy}
 
@@ -123,7 +124,7 @@ def main(argv=None):
     options = parser(__doc__)
     add = options.own.add_argument
     add("--weight", type=float, default=5.0, help="λ of L_cons (%(default)s) [ours]")
-    add("--supervised", action="store_true", help="labelled-only baseline: no unlabelled images")
+    add("--supervised", action="store_true", help="labelled-only baseline; headline: the student")
     args = parse(options, argv)
     reported = predict
     if args.supervised:  # the loop below has no branch for it; the student is reported

@@ -8,7 +8,7 @@ Idea
     a head at each stage says which are there. Such targets forgive small errors, so they may come
     from labels that are not quite right: a slowly moving teacher labels the images without masks,
     choosing among the classes that boxes or image-level labels allow, where there are any. A clean
-    head learns from true masks alone; it makes those labels, and is used in the end.
+    head learns from true masks alone; it makes those labels. The teacher's is used in the end.
 
         x_l -> student -> clean head <--- L_sup --- y;   heads <--- BCE --- y, max-pooled
         x_u, strong view -> student -> heads <--- BCE --- Ŷ, max-pooled
@@ -31,14 +31,14 @@ Equations (numbers are this file's)
 Differences
     1. From the paper: U-Net, AdamW, batches and common.strong as in all six files; the clean head
        has CE + Dice as they have, not CE alone; λ = 0.3 and its ramp are [ours]. Dice matters in
-       short training: with CE alone the phantom's small class is never found (validation, seed 10:
-       λ 1, 0.3, 0.05: 49, 56, 53; --variant mlds 69). CE + Dice with λ = 0.3: 82; labelled-only
-       CE + Dice: 77.
+       short training: with CE alone the phantom's small class was not found (49, 56, 53 validation
+       Dice with λ = 1, 0.3, 0.05, seed 10), and --variant mlds ended at 69; with CE + Dice and
+       λ = 0.3 it ended at 82 (labelled-only, CE + Dice: 77).
     2. From the authors' code: BCE is a mean over images, not a sum, so that the learning rate does
        not depend on the batch size. EMA as in mean_teacher.py: parameters only; whoever labels is
        in train mode. Not measured.
-    3. Labelled and unlabelled images pass separately (BatchNorm). The unlabelled stream holds no
-       labelled image (at 100% all of them, and Ŷ is their mask).
+    3. Labelled and unlabelled images pass separately, so that BatchNorm never mixes them. The
+       unlabelled stream holds no labelled image (at 100% all, and Ŷ is their mask).
 """
 import copy
 
@@ -137,9 +137,10 @@ def allowed_map(size, classes, limits, mask=None):
 
 
 def pseudo_label(logits, allowed):
-    """Eq. (4): Ŷ(p) = argmax over c ∈ A(p) of z_c(p); background where A is empty, outside.
+    """Eq. (4): Ŷ(p) = argmax over c ∈ A(p) of z_c(p); background where A is empty.
 
-    logits (B, C, H, W), allowed (B, H, W) uint8 -> (B, H, W) long. No gradient.
+    logits (B, C, H, W), allowed (B, H, W) uint8, 0 (empty) where weak moved in the outside of the
+    image -> (B, H, W) long. No gradient.
     """
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     forbidden = (allowed[:, None].int() >> classes) % 2 == 0  # (B, C, H, W)
@@ -147,7 +148,7 @@ def pseudo_label(logits, allowed):
 
 
 def ema_decay(step, decay):
-    """Eq. (5): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ... Short at first: 0, 1/2, 2/3
+    """Eq. (5): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ...; at first 0, 1/2, 2/3, ... [code].
 
     numbers -> number.
     """
@@ -188,7 +189,7 @@ def allowed_maps(data, args):
 
 
 def build(channels, classes, width):
-    """The student, and the teacher, which starts as its copy, untrained: {name: network}."""
+    """The student, and the teacher, its copy at the start, not trained itself: {name: network}."""
     unet, widths = UNet(channels, classes, width), [width * 2**i for i in (4, 3, 2, 1, 0)]
     student = MultiLabelNet(unet.encoder, unet.decoder, widths, HIDDEN, classes)
     return {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
@@ -216,10 +217,10 @@ def main(argv=None):
     options = parser(__doc__)
     add = options.own.add_argument
     add("--variant", choices=["mlds", "self", "mean"], default="mean",
-        help="labelled only; STDS: the student labels; MTDS: the teacher labels (%(default)s)")
+        help="mlds: labelled images only; self (STDS): student labels; mean (MTDS): teacher labels")
     add("--weight", type=float, default=0.3, help="λ of L_MLDS(Ŷ) (%(default)s) [ours]")
-    add("--boxes", metavar="SPEC", help="derive boxes for these hidden units, such as 20%%")
-    add("--tags", metavar="SPEC", help="derive image-level labels for these, such as 30%%")
+    add("--boxes", metavar="SPEC", help="hidden units to derive boxes for, such as 20%%")
+    add("--tags", metavar="SPEC", help="hidden units to derive image labels for, such as 30%%")
     args = parse(options, argv)
     if args.variant == "mlds":  # the loop below has no branch for it
         args.unlabeled_batch, args.weight, args.boxes, args.tags = 0, 0.0, None, None

@@ -5,15 +5,15 @@ Z. Shen, P. Cao, H. Yang, X. Liu, J. Yang, O. Zaiane, IJCAI 2023, https://arxiv.
 
 Idea
     Two networks that teach each other soon agree, mistakes included. Here two students, each with
-    a strong view of its own, learn from each other's hard labels and from those of one teacher, a
-    running average of (mostly) student 1, which sees the weak view. Then the same images come a
-    second time, mixed: the patches where one student is least certain are overwritten by patches
-    of the same image where the other is most certain (UMIX), and everyone predicts anew. The
-    teacher is used in the end.
+    a strong view of its own, learn from each other's hard labels and from those of one teacher,
+    which sees the weak view; its weights are a running average of (mostly) student 1's. Then the
+    same images come a second time, mixed: the patches where one student is least certain are
+    overwritten by patches of the same image where the other is most certain (UMIX), and everyone
+    predicts anew. The teacher is used in the end.
 
         strong view 1 ---> student 1 ---> P_1 <--- Dice --- Ŷ_2, Ŷ_T
         weak view     ---> teacher   ---> P_T ---> Ŷ_T     (no gradient through any Ŷ)
-        strong view 2 ---> student 2 ---> P_2 <--- Dice --- Ŷ_1, Ŷ_T     (x_l: also y)
+        strong view 2 ---> student 2 ---> P_2 <--- Dice --- Ŷ_1, Ŷ_T     (x_l: only y)
         U_m: entropy of (P_m + P_T) / 2, by patch ---> X' = UMIX(X; U_1, U_2) ---> the same again
 
 Run
@@ -22,7 +22,7 @@ Run
     python ucmt.py --data PATH --labeled 10% --teacher-mix 0.5  # see Differences, 1
 
 Equations (numbers are this file's)
-    Eq. (1)  dice_loss    soft Dice of a network's probabilities with hard labels
+    Eq. (1)  dice_loss    soft Dice loss of a network's probabilities with hard labels
     Eq. (2)  cps_loss     each student with the other's labels
     Eq. (3)  mts_loss     both students with the teacher's labels
     Eq. (4)  uncertainty  entropy of student and teacher together, averaged over each patch
@@ -34,15 +34,15 @@ Equations (numbers are this file's)
 Differences
     1. Like the authors' code: the teacher averages β θ_1 + (1 − β) θ_2, β = 0.99 (--teacher-mix):
        half of each (0.5) fits neither, their channels being numbered differently.
-    2. From the authors' code: strong views 1 and 2 are independent, not 2 from 1, and labelled
-       images get them too; X' is mixed from weak views, then each student sees its own strong one;
-       patches come from the unmixed image; the teacher predicts X' anew, its old labels are not
-       moved; L_s is CE + Dice, theirs Dice alone. Ramp and EMA count optimizer steps.
+    2. From the authors' code: strong views 1 and 2 are independent (theirs: 2 from 1), labelled
+       images get them too; X' is mixed from weak views, then seen as two strong ones; its patches
+       are unmixed ones, the surest over the least sure (theirs reversed); the teacher predicts X'
+       anew; L_s is CE + Dice (theirs: Dice). Ramp, EMA count optimizer steps. Not measured.
     3. From the authors' code: α = 1, not 0.1. It matters: 83 validation Dice against 79 on the
        phantom, seed 10 (labelled-only: 77).
     4. Like it: labelled images mixed with their masks, separate passes (BatchNorm), teacher in
-       train mode. Unlike it: U-Net, no labelled image in the unlabelled stream, ramp over 30% of
-       the steps (theirs 20%). A batch's two optimizer steps are two of --steps.
+       train mode. Unlike it: U-Net, ramp over 30% of the steps (theirs 20%), no labelled image in
+       the unlabelled stream (at 100% all). A batch's two optimizer steps are two of --steps.
 """
 import argparse
 import copy
@@ -79,8 +79,8 @@ RAMP = 0.3  # [ours] share of the steps over which lambda grows; [code] 5 of 25 
 def dice_loss(probs, label):
     """Eq. (1): Dice(P, Ŷ) = 1 − mean over images and classes of (2 Σ P Ŷ + ε) / (Σ P + Σ Ŷ + ε).
 
-    probs (B, C, H, W), label (B, H, W) long -> scalar; sums over pixels, ε = 1e-5, background too.
-    Gradient flows into probs. Example: probs one-hot at the label give 0.
+    probs (B, C, H, W), label (B, H, W) long -> scalar; sums over pixels, background too, ε = 1e-5
+    [ours]. Gradient flows into probs. Example: probs one-hot at the label give 0.
     """
     target = F.one_hot(label, probs.shape[1]).movedim(-1, 1).to(probs.dtype)  # (B, C, H, W)
     overlap, total = (probs * target).sum((2, 3)), (probs + target).sum((2, 3))  # (B, C)
@@ -128,7 +128,7 @@ def umix(x, u_1, u_2, k):
 
 
 def ema_decay(step, decay):
-    """Eq. (6): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ... Short at first: 0, 1/2, 2/3
+    """Eq. (6): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ...; at first 0, 1/2, 2/3, ... [code].
 
     numbers -> number.
     """
@@ -138,7 +138,8 @@ def ema_decay(step, decay):
 def ema_update(teacher, student_1, student_2, mix, alpha):
     """Eq. (7): θ_T ← α θ_T + (1 − α) (β θ_1 + (1 − β) θ_2), in place, β = mix, for every parameter.
 
-    modules of one architecture. No gradient. BatchNorm's buffers are left alone.
+    teacher, student_1, student_2: modules of one architecture; mix, alpha: numbers. No gradient.
+    BatchNorm's buffers are left alone.
     """
     parameters = (network.parameters() for network in (teacher, student_1, student_2))
     with torch.no_grad():
@@ -150,7 +151,7 @@ def ema_update(teacher, student_1, student_2, mix, alpha):
 
 
 def build(channels, classes, width):
-    """Two students of different random weights, a teacher, student 1's copy: {name: network}."""
+    """Two students of different random weights; the teacher, student 1's copy: {name: network}."""
     student_1, student_2 = UNet(channels, classes, width), UNet(channels, classes, width)
     teacher = copy.deepcopy(student_1).requires_grad_(False)
     return {"student 1": student_1, "student 2": student_2, "teacher": teacher}
