@@ -1310,11 +1310,11 @@ def predict_images(args):
 
 
 def save_strips(rows, out):
-    """For each dataset a picture of the same test images by the first run of each row."""
+    """For each dataset a picture of the same test images by each row's run of the lowest seed."""
     for dataset in {key[0] for key in rows}:
         columns = {}
         for key in sorted(key for key in rows if key[0] == dataset):
-            run = next(iter(rows[key].values()))
+            run = rows[key][min(rows[key])]
             if not columns:
                 args = json.loads((run["folder"] / "args.json").read_text()) | {"device": "cpu"}
                 data = Data(argparse.Namespace(**args))
@@ -1375,7 +1375,7 @@ def compare(folders, out):
             low, high = np.nanpercentile(dice(a, chosen) - dice(b, chosen), [2.5, 97.5])
             every = np.arange(a.shape[1])[None]
             gain = f"{(dice(a, every) - dice(b, every))[0]:+.2f} ({low:+.2f} to {high:+.2f})"
-        table.append([key[0], key[2], key[4], " ".join(map(str, row)), *cells, gain])
+        table.append([key[0], key[2], key[4], " ".join(map(str, sorted(row))), *cells, gain])
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|-" * len(table[0]) + "|")
     text, cells = "\n".join(lines) + "\n", io.StringIO()
