@@ -44,6 +44,8 @@ for method in METHODS:  # scoring the test set takes long: once is enough
     networks = runs[-1].networks.values()
     parameters = [p for network in networks for p in network.parameters()]
     assert equal_on_all_ranks(parameters), f"{method}: parameters differ"
+    buffers = [b for network in networks for b in network.buffers() if b.is_floating_point()]
+    assert equal_on_all_ranks(buffers), f"{method}: BatchNorm's statistics differ after the validation"
     if dist.get_rank():
         assert not results
     else:

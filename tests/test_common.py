@@ -320,6 +320,17 @@ def test_validation_reads_masks_at_their_own_size(make_dataset, options):
     assert np.array_equal(data.truth(i), np.asarray(Image.open(root / "masks" / f"{data.names[i]}.png")))
 
 
+def test_images_that_are_not_square(make_dataset, options):
+    root = make_dataset()
+    for path in root.glob("*/*.png"):
+        Image.open(path).resize((40, 24), Image.NEAREST).save(path)
+    data = Data(parse(parser(""), options(root)))
+    data.decode()
+    assert set(data.sizes) == {(24, 40)} and data.truth(0).shape == (24, 40) and data.images.shape[2:] == (32, 32)
+    scores = evaluate(lambda nets, x: {"net": torch.rand(len(x), 3, 32, 32)}, {}, data, "test")
+    assert 0 < scores["net"]["dice"] < 60
+
+
 def test_cache_is_used_renewed_and_whole(make_dataset, options, tmp_path, monkeypatch):
     root, args = make_dataset(), None
 
