@@ -194,10 +194,14 @@ def mask_scores(pred, truth, distances=True):
 def evaluating(networks):
     """All networks in evaluation mode and without gradients; afterwards each as it was."""
     modes = {network: network.training for network in networks.values()}
-    with torch.no_grad():
-        yield [network.eval() for network in modes]
-    for network, training in modes.items():
-        network.train(training)
+    try:
+        with torch.no_grad():
+            for network in modes:
+                network.eval()
+            yield
+    finally:
+        for network, training in modes.items():
+            network.train(training)
 
 
 def evaluate(predict, networks, data, part, distances=True):
@@ -326,9 +330,10 @@ class Data:
 
     def load_images(self, indices):
         """Image numbers (B,) -> floats in [0, 1] (B, channels, S, S) on the device."""
+        indices = np.asarray(indices)
         if torch.is_tensor(self.images):  # all of them are on the GPU
-            return self.images[self.on_device(np.asarray(indices))] / 255
-        return self.on_device(self.images[np.asarray(indices)]) / 255
+            return self.images[self.on_device(indices)] / 255
+        return self.on_device(self.images[indices]) / 255
 
     def load_labels(self, indices):
         """Numbers of images with visible masks (B,) -> masks (B, S, S), long, on the device."""
@@ -351,9 +356,8 @@ class Data:
         """
         rank, processes = world()  # under torchrun each takes its share of the batch
         index_l, index_u = (index[rank::processes] for index in self.draw())
-        flip, map_u = self.args.flip, []
-        if maps is not None:
-            map_u = [self.on_device(maps[index_u.numpy()])]
+        map_u = [] if maps is None else [self.on_device(maps[index_u.numpy()])]
+        flip = self.args.flip
         x_l, y_l = weak(self.load_images(index_l), self.load_labels(index_l), flip=flip)
         x_u, *map_u = weak(self.load_images(index_u), *map_u, flip=flip)
         return x_l, y_l, x_u, map_u[0] if map_u else None, index_u
@@ -608,15 +612,16 @@ def find_files(data, args):
         images = masks = dict.fromkeys(names)
     else:
         images, masks = list_files(root / "images"), list_files(root / "masks", MASK_SUFFIX)
-        place = root / "images" if (root / "images").is_dir() else root
-        found = some(sorted(os.listdir(place))) or "nothing" if root.is_dir() else "no such folder"
-        orphans = [path.name for name, path in masks.items() if name not in images]
-        if orphans or not images:
-            what = (f"{len(orphans)} masks have no image of their name: {some(orphans)}; images "
-                    f"are {some(images)}" if images else
-                    f"no {'folder ' * (place == root)}images in {place} (found: {found})")
-            stop(f"--data: {what}. Expected PATH/images/NAME.png and PATH/masks/NAME.png, with the "
-                 f"endings {' '.join(ENDINGS)}; see README, Your own data.")
+        layout = ("Expected PATH/images/NAME.png and PATH/masks/NAME.png, with the endings "
+                  f"{' '.join(ENDINGS)}; see README, Your own data.")
+        if not images:
+            place = root / "images" if (root / "images").is_dir() else root
+            listed = some(sorted(os.listdir(place))) if root.is_dir() else "no such folder"
+            stop(f"--data: no {'folder ' * (place == root)}images in {place} (found: "
+                 f"{listed or 'nothing'}). {layout}")
+        if orphans := [path.name for name, path in masks.items() if name not in images]:
+            stop(f"--data: {len(orphans)} masks have no image of their name: {some(orphans)}; "
+                 f"images are {some(images)}. {layout}")
         for part in ("train", "val", "test"):
             if (root / f"{part}.txt").is_file():
                 lists[part] = read_ids(root / f"{part}.txt", images)
@@ -719,8 +724,8 @@ def cached(args, what, files, count, read, resample):
                     os.replace(Path(folder, key), path)
         rows = np.memmap(path, np.uint8, "r").reshape(count, -1)
     except (OSError, ValueError) as error:  # ValueError: a file that lost its end in a power cut
-        stop(f"the cache of decoded images, {path.parent}, cannot be used ({error}). Choose "
-             "another with --cache FOLDER, or delete that one.")
+        stop(f"the cache of decoded images, {path.parent}, cannot be used ({error}). Free "
+             "some space, choose another with --cache FOLDER, or delete that one.")
     return rows[:, 12:].reshape(count, -1, args.size, args.size), rows[:, :12].copy().view("u4")
 
 
@@ -1101,7 +1106,7 @@ class Run:
         if write:
             self.rows.append(list(map(str, row.values())))
             self.sums, self.count = {}, 0
-        lines = "".join(",".join(cells) + "\n" for cells in [row, *self.rows])
+        lines = "".join(",".join(cells) + "\n" for cells in [list(row), *self.rows])
         write_aside(self.folder / "log.csv", lambda aside: aside.write_text(lines))
         if validate or self.interrupted:  # best.pt: what predicting needs, last.pt: what --resume
             state = {"method": self.name, "step": done, "best": self.best, "size": args.size,
@@ -1137,7 +1142,9 @@ class Run:
         save_sheet(self.folder / "preview.png", x, columns)
         last = evaluate(self.predict, self.networks, data, "test")
         best_step = self.load("best.pt")["step"]
-        best = evaluate(self.predict, self.networks, data, "test")
+        best = last  # the same networks, unless an earlier step was better
+        if best_step < args.steps:
+            best = evaluate(self.predict, self.networks, data, "test")
         name, head = next(iter(last.items()))
         results = {"method": self.name, "dataset": data.name, "labeled": self.labeled,
                    "options": args.options, "seed": args.seed, "steps": args.steps,
@@ -1151,7 +1158,7 @@ class Run:
         for k in last:
             for label, scores in (("last", last[k]), (f"best on val ({best_step})", best[k])):
                 cells = ["n/a" if scores[m] is None else f"{scores[m]:.2f}" for m in METRICS]
-                mark = "  <- headline" * (scores is head)
+                mark = "  <- headline" * ((k, label) == (name, "last"))
                 print("{:32}{:>8}{:>10}{:>9}{:>7}".format(f"{k}, {label}", *cells) + mark)
         dice = [f"{c}: {'n/a' if s['dice'] is None else round(s['dice'], 1)}"
                 for c, s in head["classes"].items()]
@@ -1222,7 +1229,7 @@ def check(args):
     print(f"no problem found; look at {path}")
 
 
-def load_run(path, device):
+def load_run(path, device, what="run"):
     """A run folder or a checkpoint file -> (its contents, networks, the method's predict)."""
     path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
     try:
@@ -1236,14 +1243,14 @@ def load_run(path, device):
         for k, network in networks.items():
             network.load_state_dict(state["networks"][k])
     except Exception as error:  # torch.load raises a dozen types on damaged files
-        stop(f"{path} cannot be used ({type(error).__name__}: {str(error)[:200]}). Expected a run "
-             "folder, or its last.pt or best.pt.")
+        stop(f"{what} {path} cannot be used ({type(error).__name__}: {str(error)[:200]}). Expected "
+             "a run folder, or its last.pt or best.pt.")
     return state, networks, module.predict
 
 
 def load_network(path, network):
     """--init: copy the first network of a run that has this one's layers and sizes."""
-    state, found, _ = load_run(path, "cpu")
+    state, found, _ = load_run(path, "cpu", "--init")
     for name in sorted(found, key=lambda name: name != state["reported"][0]):
         with contextlib.suppress(RuntimeError):  # another architecture, or other sizes
             network.load_state_dict(found[name].state_dict())

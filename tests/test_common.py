@@ -106,6 +106,32 @@ def test_evaluate_counts_missed_and_false():
     assert summary["hd95"] == pytest.approx(math.sqrt(2 * 2 + 4 * 4 + 4 * 4))
 
 
+def test_evaluating_gives_every_network_its_mode_back():
+    a, b = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2).eval()
+    with pytest.raises(MemoryError), common.evaluating({"a": a, "b": b}):
+        assert not a.training and not b.training and not torch.is_grad_enabled()
+        raise MemoryError
+    assert a.training and not b.training and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("dice, scored", [((10, 20), 1), ((20, 10), 2)])
+def test_the_best_checkpoint_is_scored_unless_it_is_the_last(options, monkeypatch, capsys, dice, scored):
+    import mean_teacher
+    parts, values, real = [], list(dice), common.evaluate
+
+    def spy(predict, networks, data, part, distances=True):
+        parts.append(part)
+        results = real(predict, networks, data, part, distances)
+        if part == "val":
+            results["teacher"]["dice"] = values.pop(0)
+        return results
+    monkeypatch.setattr(common, "evaluate", spy)
+    results = mean_teacher.main(options("phantom", "--val-every", "2", steps=4))
+    assert parts == ["val", "val"] + ["test"] * scored and results["best_step"] == (4 if scored == 1 else 2)
+    best, last = (results["networks"]["teacher"][k] for k in ("best", "last"))
+    assert (best == last or scored == 2) and capsys.readouterr().out.count("headline") == 1
+
+
 # --- Formulas -------------------------------------------------------------------------------------
 
 

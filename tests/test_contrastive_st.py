@@ -332,7 +332,7 @@ def test_init_says_what_is_wrong(make_dataset, options, tmp_path, capsys, conten
     with pytest.raises(SystemExit) as stopped:
         st.main(options(make_dataset(), "--init", str(file), steps=3))
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and "Expected" in error
+    assert stopped.value.code == 2 and message in error and "Expected" in error and "--init" in error
 
 
 def test_agreement_leaves_images_out(make_dataset, options, tmp_path, monkeypatch):
