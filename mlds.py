@@ -144,7 +144,8 @@ def pseudo_label(logits, allowed):
     """
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     forbidden = (allowed[:, None].int() >> classes) % 2 == 0  # (B, C, H, W)
-    return logits.masked_fill(forbidden, -torch.inf).argmax(1)  # of equal ones, the first
+    # max, not argmax, which is ten times slower on this layout; of equal ones it takes the first
+    return logits.masked_fill(forbidden, -torch.inf).max(1).indices
 
 
 def ema_decay(step, decay):
