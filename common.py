@@ -1344,17 +1344,17 @@ def compare(folders, out):
         try:
             run, split = (json.loads((folder / name).read_text())
                           for name in ("results.json", "split.json"))
-        except (OSError, ValueError) as error:
-            stop(f"{folder} is not the folder of a finished run: {error}")
+            runs.append(run | {"folder": folder, "options": list(run["options"].items())})
+        except (OSError, ValueError, KeyError) as error:  # KeyError: of an earlier version
+            stop(f"{folder} is not the folder of a finished run: {error!r}")
         for key, value in ((run["dataset"], split["val"] + split["test"]),
                            ((run["dataset"], run["labeled"]), split["hash"])):
             first, expected = known.setdefault(key, (folder, value))
             if value != expected:
                 stop(f"{folder} and {first} have different splits. Compare runs on the same units.")
-        runs.append(run | {"folder": folder})
-    shared = set.intersection(*(set(run["options"].items()) for run in runs))
+    shared = set.intersection(*(set(run["options"]) for run in runs))
     for run in runs:  # a row is named by the options that not all runs share
-        options = [f"{k}={v}" for k, v in run["options"].items() if (k, v) not in shared]
+        options = [f"{k}={v}" for k, v in run["options"] if (k, v) not in shared]
         key = (run["dataset"], run["labeled"] == "100%", run["labeled"],
                run["method"] != "supervised", " ".join([run["method"], *options]))
         rows.setdefault(key, {})[run["seed"]] = run

@@ -247,9 +247,14 @@ def test_compare_refuses_other_splits_and_says_which(tmp_path, monkeypatch, caps
 
 
 def test_compare_needs_finished_runs(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        compare(monkeypatch, tmp_path / "nothing")
-    assert stopped.value.code == 2 and "not the folder of a finished run" in capsys.readouterr().err
+    old = fake_run(tmp_path / "old", "cps", 0, [[50.0]])
+    results = json.loads((old / "results.json").read_text())
+    del results["options"]  # the layout of an earlier version
+    (old / "results.json").write_text(json.dumps(results))
+    for folder in (old, tmp_path / "nothing"):
+        with pytest.raises(SystemExit) as stopped:
+            compare(monkeypatch, folder)
+        assert stopped.value.code == 2 and "not the folder of a finished run" in capsys.readouterr().err
 
 
 def test_compare_draws_the_same_images_across_methods(make_dataset, options, tmp_path, monkeypatch):
