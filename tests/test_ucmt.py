@@ -233,3 +233,11 @@ def test_views_are_independent(options, monkeypatch):
     monkeypatch.setattr(ucmt, "strong", lambda x: calls.append(strong(x)) or calls[-1])
     ucmt.main(options("phantom", steps=2))
     assert len(calls) == 8 and not torch.equal(calls[0], calls[1]) and not torch.equal(calls[2], calls[3])
+
+
+@pytest.mark.parametrize("more, expected", [((), [2, 2, 2]), (("--no-umix-labeled", "--top-k", "3"), [0, 0, 3])])
+def test_labelled_images_are_mixed_with_their_masks_or_not_at_all(options, monkeypatch, more, expected):
+    calls, umix = [], ucmt.umix
+    monkeypatch.setattr(ucmt, "umix", lambda x, u_1, u_2, k: calls.append((x.dim(), k)) or umix(x, u_1, u_2, k))
+    ucmt.main(options("phantom", *more, steps=2))
+    assert calls[:3] == list(zip([4, 3, 4], expected, strict=True))  # x_l, y_l, x_u; then preview.png's
