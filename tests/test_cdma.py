@@ -18,12 +18,13 @@ def test_channel_attention_naive_loop():
     module, x = cdma.ChannelAttention(32), torch.randn(2, 32, 3, 5)
     assert module.mlp[0].weight.shape == (2, 32, 1, 1)  # C / 16
     first, second = module.mlp[0].weight[:, :, 0, 0], module.mlp[2].weight[:, :, 0, 0]
+    bias = torch.nn.init.normal_(module.mlp[2].bias).tolist()
     found = module(x)
     for b in range(2):
         total = torch.zeros(32)
         for pooled in ([x[b, c].mean() for c in range(32)], [x[b, c].max() for c in range(32)]):
             hidden = [max(0.0, sum(first[i, c].item() * pooled[c].item() for c in range(32))) for i in range(2)]
-            total += torch.tensor([sum(second[c, i].item() * hidden[i] for i in range(2)) for c in range(32)])
+            total += torch.tensor([bias[c] + sum(second[c, i].item() * hidden[i] for i in range(2)) for c in range(32)])
         for c in range(32):
             torch.testing.assert_close(found[b, c], x[b, c] * sigmoid(total[c]), rtol=1e-4, atol=1e-5)
 
@@ -35,11 +36,11 @@ def test_channel_attention_hidden_width(channels, hidden):
 
 def test_spatial_attention_naive_loop():
     module, x = cdma.SpatialAttention(), torch.randn(2, 3, 4, 6)
-    weight, found = module.conv.weight[0], module(x)
+    weight, bias, found = module.conv.weight[0], module.conv.bias.item(), module(x)
     for b in range(2):
         for i in range(4):
             for j in range(6):
-                z = 0.0
+                z = bias
                 for di in range(-3, 4):
                     for dj in range(-3, 4):
                         if 0 <= i + di < 4 and 0 <= j + dj < 6:
@@ -65,6 +66,17 @@ def test_three_branches_share_the_encoder_alone():
     with_gradient = {name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters() if p.grad is not None}
     assert with_gradient == {f"encoder.{name.split('.')[0]}" for name, _ in net.encoder.named_parameters()} | {
         "decoders.CA", "attentions.CA", "heads.CA"}
+
+
+def test_decoders_start_alike_and_gates_open():
+    net, x = cdma.build(1, 3, 4)["three branches"], torch.rand(2, 8, 4, 4)
+    one, *others = (list(decoder.parameters()) for decoder in net.decoders.values())
+    for other in others:
+        assert all(torch.equal(a, b) and a is not b for a, b in zip(one, other, strict=True))
+    ca, sa = cdma.ChannelAttention(8), cdma.SpatialAttention()
+    for module, last in ((ca, ca.mlp[2]), (sa, sa.conv)):
+        torch.nn.init.zeros_(last.weight)
+        torch.testing.assert_close(module(x), x * sigmoid(2))  # 0.88
 
 
 def test_attention_follows_every_decoder_block():
