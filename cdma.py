@@ -35,10 +35,10 @@ Differences
        encoder, which its published numbers need), all branches see the common.strong view [ours],
        and labelled and unlabelled images pass separately, so that BatchNorm never mixes them.
     3. From the authors' code: λ(t) = 0 for the first 40% of the steps (theirs: 10%), then 1. It
-       matters in short training: branches that do not know a small class yet agree on that.
+       matters in short training, perhaps as branches that do not know a small class agree on that.
     4. From the authors' code: the decoders start from equal weights and their gates open, σ = 0.88
        [ours] (theirs: different weights, half open). Started as theirs, CSA never found a class on
-       two of six phantom seeds, as the encoder already served the two other branches.
+       two of six phantom seeds, perhaps as the encoder already served the two other branches.
     5. Like the authors' code: the unlabelled stream holds no labelled image (at 100% all), and both
        losses cover the labelled images too.
 """
@@ -79,7 +79,7 @@ class ChannelAttention(nn.Module):
         hidden = max(1, channels // 16)  # [code]
         self.mlp = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.ReLU(True),
                                  nn.Conv2d(hidden, channels, 1))
-        nn.init.ones_(self.mlp[2].bias)  # counted twice: σ starts near 0.9, open [ours]
+        nn.init.ones_(self.mlp[2].bias)  # counted twice: σ starts near 0.88, open [ours]
 
     def forward(self, x):
         average, largest = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
@@ -92,7 +92,7 @@ class SpatialAttention(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(2, 1, 7, padding=3)  # 7: [paper]
-        nn.init.constant_(self.conv.bias, 2.0)  # σ starts near 0.9, open [ours]
+        nn.init.constant_(self.conv.bias, 2.0)  # σ starts near 0.88, open [ours]
 
     def forward(self, x):
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
