@@ -20,9 +20,9 @@ full_phantom = common.phantom
 
 @functools.cache
 def small_phantom(size):
-    """The phantom with 6 training, 2 validation and 2 test patients, drawn once: runs of a second."""
+    """The phantom with 6 training patients, one each for validation and test, drawn once: runs of a second."""
     names, images, masks, lists = full_phantom(size)
-    lists = {"train": lists["train"][:6], "val": lists["val"][:2], "test": lists["test"][:2]}
+    lists = {"train": lists["train"][:6], "val": lists["val"][:1], "test": lists["test"][:1]}
     kept = [i for i, name in enumerate(names) if name.split("_")[0] in sum(lists.values(), [])]
     return [names[i] for i in kept], images[kept], masks[kept], lists
 
@@ -65,7 +65,7 @@ def options(tmp_path):
     """options(data, ...) -> the argv of a tiny run."""
     def make(data="phantom", *more, steps=4, out="runs", width=4):
         return ["--data", str(data), "--size", "32", "--width", str(width), "--steps", str(steps), "--device", "cpu",
-                "--batch-size", "2", "--unlabeled-batch", "2", "--out", str(tmp_path / out),
+                "--val-every", "100", "--batch-size", "2", "--unlabeled-batch", "2", "--out", str(tmp_path / out),
                 "--cache", str(tmp_path / "cache"), *(["--labeled", "3"] if "--labeled" not in more else []), *more]
     return make
 

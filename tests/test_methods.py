@@ -145,7 +145,7 @@ def test_smoke(method, classes, channels, make_dataset, options, tmp_path):
 def test_same_seed_same_run_and_hidden_masks_stay_hidden(method, make_dataset, options, tmp_path):
     root, main = make_dataset(), importlib.import_module(method).main
     traces = []
-    for name, garbage, seed in (("a", 0, "0"), ("b", 0, "0"), ("c", 1, "0"), ("d", 0, "1")):
+    for name, garbage, seed in (("a", 0, "0"), ("b", 1, "0"), ("c", 0, "1")):
         if garbage:
             split = json.loads((run_folder(tmp_path / "a") / "split.json").read_text())
             for i, unit in enumerate(split["unlabeled"]):
@@ -157,8 +157,8 @@ def test_same_seed_same_run_and_hidden_masks_stay_hidden(method, make_dataset, o
         folder = run_folder(tmp_path / name)
         weights = torch.load(folder / "last.pt", weights_only=True)["networks"]
         traces.append(((folder / "log.csv").read_bytes(), weights))
-    assert traces[0][0] == traces[1][0] == traces[2][0] != traces[3][0]
-    assert equal(traces[0][1], traces[1][1]) and equal(traces[0][1], traces[2][1])
+    assert traces[0][0] == traces[1][0] != traces[2][0]
+    assert equal(traces[0][1], traces[1][1])
 
 
 @methods
