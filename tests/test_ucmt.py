@@ -194,7 +194,7 @@ def test_eq8_main_total_objective(options, tmp_path, more):
         row = {k: float(v) for k, v in row.items()}
         assert row["cps"] > 0 and row["mts"] > 0 and row["mix_loss"] > 0
         assert row["loss"] == pytest.approx(row["sup"] + row["lam"] * (row["cps"] + row["mts"]) / 2, rel=1e-5)
-    weight = 3 if more[:1] == ("--weight",) else 1
+    weight = 3 if more[:1] == ("--weight",) else 0.1
     assert float(rows[0]["lam"]) == pytest.approx(weight * math.exp(-5)) and float(rows[3]["lam"]) == pytest.approx(weight)
 
 
