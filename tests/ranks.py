@@ -39,7 +39,7 @@ finish = common.Run.finish
 for method in METHODS:  # scoring the test set takes long: once is enough
     common.Run.finish = finish if method == "cps" else lambda run: None
     out = folder / method
-    argv = [*shared, "--steps", "4" if method == "contrastive_st" else "2", "--out", str(out)]
+    argv = [*shared, "--steps", "6" if method == "ucmt" else "5", "--out", str(out)]
     results = importlib.import_module(method).main(argv)
     networks = runs[-1].networks.values()
     parameters = [p for network in networks for p in network.parameters()]
