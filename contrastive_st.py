@@ -41,7 +41,7 @@ Differences
        two of one process.
     4. From the paper: U-Net, AdamW and CE + Dice as in all six files; a round goes on with all
        weights and Adam's state; images are labelled unaugmented [ours]. Labelled and unlabelled
-       images pass separately, so that BatchNorm never mixes them. The unlabelled stream holds no
+       images pass separately, so that no batch statistics mix them. The unlabelled stream holds no
        labelled image (at 100% all). None of these differences was measured.
 """
 import copy

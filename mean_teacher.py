@@ -31,8 +31,8 @@ Differences
     1. From the paper: every pixel is classified, not an image. Its η and η' are shifts, flips and
        Gaussian noise for both; here both networks see one geometry, η is common.strong (changes of
        intensity) and η' is Gaussian. It was not measured alone whether that matters.
-    2. From the paper: labelled and unlabelled images pass separately, so that BatchNorm never mixes
-       them. It matters: 72 validation Dice together, 82 apart (phantom, seed 10).
+    2. From the paper: labelled and unlabelled images pass separately, so that no batch statistics
+       mix them. It matters: 72 validation Dice together, 82 apart (phantom, seed 10).
     3. From the paper: AdamW with poly decay as in all six files, a ramp over 30% of the steps, EMA
        decay 0.99 throughout, and λ = 5 for few steps (the authors' code: 100 on CIFAR-10).
     4. Like the authors' code: the teacher runs in train mode with batch statistics of its own; only

@@ -37,7 +37,7 @@ Differences
     2. From the authors' code: BCE is a mean over images, not a sum, so that the learning rate does
        not depend on the batch size. EMA as in mean_teacher.py: parameters only; whoever labels is
        in train mode. Not measured.
-    3. Labelled and unlabelled images pass separately, so that BatchNorm never mixes them. The
+    3. Labelled and unlabelled images pass separately, so that no batch statistics mix them. The
        unlabelled stream holds no labelled image (at 100% all, and Ŷ is their mask).
 """
 import copy

@@ -29,17 +29,17 @@ Equations (numbers are this file's)
     Eq. (5)  umix         uncertain patches receive certain ones
     Eq. (6)  ema_decay    the teacher's memory, short at first
     Eq. (7)  ema_update   teacher weights: running average of the students'
-    Eq. (8)  main         L = L_s + λ(t) α (L_cps + L_mts) / 2, one optimizer step on X, one on X'
+    Eq. (8)  main         L = L_s + w λ(t) (L_cps + L_mts) / 2, one optimizer step on X, one on X'
 
 Differences
     1. Like the authors' code: the teacher averages β θ_1 + (1 − β) θ_2, β = 0.99 (--teacher-mix):
        half of each (0.5) fits neither, their channels being numbered differently.
-    2. From the authors' code: strong views 1 and 2 are independent (theirs: 2 from 1), labelled
-       images get them too; X' is mixed from weak views, then seen as two strong ones; its patches
-       are unmixed ones, the surest over the least sure (theirs reversed); the teacher predicts X'
-       anew; L_s is CE + Dice (theirs: Dice). Ramp, EMA count optimizer steps. Not measured.
-    3. Like it: α = 0.1. On the phantom 1 did better (seed 10: 83 validation Dice against 79,
-       labelled-only 77), on ACDC worse (65 against 68, labelled-only 70 on as many batches).
+    2. From the authors' code: strong views 1, 2 are independent (theirs: 2 from 1), of x_l, too; X'
+       mixes weak views, is seen as two strong ones (theirs: one), its patches unmixed, surest over
+       least sure (theirs: pairs reversed); the teacher predicts X' anew (theirs: old labels mixed);
+       L_s: both students' CE + Dice (theirs: Dice); ramp and EMA count steps (theirs: batches).
+    3. Like it: w = 0.1. With 1, validation Dice was higher on the phantom's seed 10 (83, 79), lower
+       on ACDC (65, 68; labelled-only on as many batches 70). 2 was not measured.
     4. Like it: labelled images mixed with their masks, separate passes (BatchNorm), teacher in
        train mode. Unlike it: U-Net, ramp over 30% of the steps (theirs 20%), no labelled image in
        the unlabelled stream (at 100% all). A batch's two optimizer steps are two of --steps.
@@ -176,7 +176,7 @@ def main(argv=None):
     # options
     options = parser(__doc__)
     add = options.own.add_argument
-    add("--weight", type=float, default=0.1, help="α of L_u (%(default)s) [code]")
+    add("--weight", type=float, default=0.1, help="w of Eq. (8) (%(default)s) [code]")
     add("--teacher-mix", type=float, default=0.99, metavar="β",
         help="student 1's share in the teacher (%(default)s) [code]")
     add("--grid", type=number(int, 1), default=16, help="UMIX patches a side (%(default)s) [paper]")
@@ -219,7 +219,7 @@ def main(argv=None):
         loss_sup = supervised_loss(logits_l1, y_l) + supervised_loss(logits_l2, y_l)
         loss_cps = cps_loss(probs_1, probs_2, probs_1.argmax(1), probs_2.argmax(1))
         loss_mts = mts_loss(probs_1, probs_2, probs_t.argmax(1))
-        lam = args.weight * ramp_up(step, RAMP * args.steps)  # α λ(t), of both steps
+        lam = args.weight * ramp_up(step, RAMP * args.steps)  # w λ(t), of both steps
         loss = loss_sup + lam * (loss_cps + loss_mts) / 2  # Eq. (8)
 
         # 5 step
