@@ -178,9 +178,15 @@ def test_eq3_um_loss_naive_loop_and_gradient():
 def test_eq4_main_total_objective(options, tmp_path):
     cdma.main(options("phantom", "--distill-weight", "0.3", "--entropy-weight", "0.7", "--val-every", "1", steps=10))
     rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(open(run_folder(tmp_path / "runs") / "log.csv"))]
-    assert [row["lam"] for row in rows] == [0.0] * 4 + [1.0] * 6  # off for the first 40% of the steps
+    assert [row["lam"] for row in rows] == [0.0] + [1.0] * 9  # off for the first 10% of the steps
     for row in rows:
         assert row["loss"] == pytest.approx(row["sup"] + row["lam"] * (0.3 * row["cdkd"] + 0.7 * row["um"]), rel=1e-5)
+
+
+def test_a_temperature_of_zero_is_refused(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cdma.main(options("phantom", "--temperature", "0"))
+    assert stopped.value.code == 2 and "at least 0.01 is needed" in capsys.readouterr().err
 
 
 def test_every_branch_and_the_mean_are_reported_csa_first(options, capsys):
