@@ -55,10 +55,12 @@ from common import (
     Decoder,
     Encoder,
     Run,
-    UNet,
+    heat,
+    mixed_precision,
     number,
     parse,
     parser,
+    place,
     poly_decay,
     set_lr,
     strong,
@@ -181,18 +183,18 @@ def build(channels, classes, width):
 
 
 def predict(networks, x):
-    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}, the reported one first."""
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}."""
     probs = {branch: z.softmax(1) for branch, z in networks["three branches"](x).items()}
     return probs | {"mean": sum(probs.values()) / len(probs)}
 
 
 def pictures(networks, x):
     """Columns of preview.png: where the branches contradict each other, and what they doubt."""
-    csa, ca, sa, mean = predict(networks, x).values()
-    labels = torch.stack([csa, ca, sa]).argmax(2)  # (3, B, H, W)
+    probs = predict(networks, x)
+    labels = torch.stack([probs[branch].argmax(1) for branch in ATTENTIONS])  # (3, B, H, W)
     disagreement = (labels.amax(0) != labels.amin(0)).float()
-    entropy = -torch.xlogy(mean, mean).sum(1)
-    return {"disagreement": disagreement, "entropy of mean": entropy}
+    entropy = -torch.xlogy(probs["mean"], probs["mean"]).sum(1)
+    return {"disagreement": heat(disagreement), "entropy of mean": heat(entropy)}
 
 
 def main(argv=None):
@@ -205,17 +207,14 @@ def main(argv=None):
         help="T of L_kd (%(default)s) [paper]")
     args = parse(options, argv)
 
-    # data, run, networks, optimizer
+    # data, networks, optimizer, run
     data = Data(args)
-    run = Run("cdma", args, data)
-    networks = run.place(build(data.channels, data.classes, args.width))
+    torch.manual_seed(args.seed)
+    networks = place(build(data.channels, data.classes, args.width), args)
     network = networks["three branches"]
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
-    run.keep(networks, [optimizer], predict, pictures)
-    with torch.device("meta"):  # shapes only
-        plain = UNet(data.channels, data.classes, args.width)
-    counts = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (network, plain)]
-    print("parameters: three branches {:.2f} M, the plain U-Net {:.2f} M".format(*counts))
+    autocast, scaler = mixed_precision(args)
+    run = Run(__file__, args, data, networks, [optimizer, scaler], predict, "CSA", pictures)
 
     for step in run.steps():
         # 1 batch
@@ -228,20 +227,21 @@ def main(argv=None):
         # none here: each branch's logits are the others' targets, detached in Eq. (1)
 
         # 4 losses
-        with run.autocast():
+        with autocast():
             logits_l, logits_u = network(x_ls), network(x_us)  # {branch: (B, C, H, W)}
         logits = [torch.cat([logits_l[branch], logits_u[branch]]) for branch in ATTENTIONS]
         loss_sup = sum(supervised_loss(z, y_l) for z in logits_l.values()) / len(logits_l)
         loss_cdkd, loss_um = cdkd_loss(logits, args.temperature), um_loss(logits)
-        lam = float(step >= START * args.steps)  # λ(t): off, then on
+        lam = 0.0 if step < START * args.steps else 1.0  # λ(t): off, then on
         loss_unsup = args.distill_weight * loss_cdkd + args.entropy_weight * loss_um
         loss = loss_sup + lam * loss_unsup  # Eq. (4)
 
         # 5 step
         lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))
         optimizer.zero_grad(set_to_none=True)
-        run.backward(loss)
-        run.update(optimizer)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
         # 6 teacher
         # none: the branches teach each other

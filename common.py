@@ -1,13 +1,28 @@
-"""What the six method files share: U-Net, shared formulas, metrics, augmentation, batches.
+"""What the six method files share. Read the course part; the tools are for looking things up.
 
-Read down to the line "Tools"; the rest is plumbing that no paper is about. Four commands, too:
-python common.py check | phantom | predict | compare, each with its own --help.
+Course part  U-Net: conv_block Encoder DecoderBlock Decoder UNet
+             Shared formulas: supervised_loss ramp_up poly_decay set_lr
+             Metrics: mask_scores mean_score summarize evaluating segment_volume evaluate
+             Augmentation: weak uniform strong
+             Data and batches: shuffled Item Data
+Tools        Messages and files: stop write_aside    Several processes: join_processes start_alike
+             Command line: parser parse              Device: mixed_precision place
+             Dataset folder: find_items              Split: read_ids choose_images make_split
+             Pixels: read_pixels read_volume read_mask check_values
+             Cache: decode_images decode_masks       Phantom: draw_phantom
+             Distances: distances_to                 Run: Run
+             Finished runs: load_run segment         Pictures: overlay heat save_sheet
+             Tables: print_table        Commands: check_data predict_images compare_runs main
+
+Four commands, each with its own --help: python common.py check | phantom | predict | compare
 
 Shapes: B images, C classes, H x W pixels. Images are floats in [0, 1], label maps are integers.
 """
 import argparse
 import contextlib
+import copy
 import csv
+import functools
 import hashlib
 import importlib
 import io
@@ -16,16 +31,16 @@ import json
 import math
 import os
 import re
-import shlex
-import signal
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
@@ -46,12 +61,15 @@ def conv_block(c_in, c_out):
 
 
 class Encoder(nn.Module):
-    """Image (B, channels, H, W) -> DEPTH + 1 features (B, width * 2**i, H / 2**i, W / 2**i)."""
+    """Image (B, c_in, H, W) -> DEPTH + 1 features (B, width * 2**i, H / 2**i, W / 2**i)."""
 
-    def __init__(self, channels, width):
+    def __init__(self, c_in, width):
         super().__init__()
-        widths = [width * 2**i for i in range(DEPTH + 1)]
-        self.blocks = nn.ModuleList(map(conv_block, [channels, *widths], widths))
+        self.blocks = nn.ModuleList()
+        for i in range(DEPTH + 1):
+            c_out = width * 2**i
+            self.blocks.append(conv_block(c_in, c_out))
+            c_in = c_out
 
     def forward(self, x):
         features = [self.blocks[0](x)]
@@ -77,14 +95,17 @@ class Decoder(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        widths = [width * 2**i for i in range(DEPTH, -1, -1)]
-        self.blocks = nn.ModuleList(map(DecoderBlock, widths, widths[1:]))
+        self.blocks = nn.ModuleList()
+        for i in range(DEPTH, 0, -1):
+            self.blocks.append(DecoderBlock(width * 2**i, width * 2 ** (i - 1)))
 
     def forward(self, features):
-        outputs = [features[-1]]
-        for block, skip in zip(self.blocks, features[-2::-1], strict=True):
-            outputs.append(block(outputs[-1], skip))
-        return outputs[1:]
+        *skips, x = features
+        outputs = []
+        for block, skip in zip(self.blocks, reversed(skips), strict=True):
+            x = block(x, skip)
+            outputs.append(x)
+        return outputs
 
 
 class UNet(nn.Module):
@@ -99,7 +120,8 @@ class UNet(nn.Module):
     def forward(self, x):
         if len(x) == 0:  # BatchNorm refuses an empty batch; mean_teacher.py --supervised has one
             return x.new_zeros(0, self.head.out_channels, *x.shape[2:])
-        return self.head(self.decoder(self.encoder(x))[-1]).float()
+        finest = self.decoder(self.encoder(x))[-1]  # (B, width, H, W)
+        return self.head(finest).float()
 
 
 # --- Shared formulas ------------------------------------------------------------------------------
@@ -118,7 +140,9 @@ def supervised_loss(logits, y):
 
 def ramp_up(step, length):
     """exp(-5 (1 - t/T)²) for t < T, then 1 (Laine & Aila, ICLR 2017, 1610.02242)."""
-    return math.exp(-5 * (1 - min(step / length, 1)) ** 2) if length > 0 else 1.0
+    if step >= length:
+        return 1.0
+    return math.exp(-5 * (1 - step / length) ** 2)
 
 
 def poly_decay(step, steps):
@@ -138,145 +162,140 @@ def set_lr(optimizer, lr):
 METRICS = ("dice", "jaccard", "hd95", "asd")
 
 
-def surface_points(mask):
-    """Pixels of a bool mask (H, W) or (D, H, W) touching the outside by a face: (N, 3) z, y, x."""
-    padded = np.pad(mask, 1)
-    inner = padded.copy()
-    for axis in range(mask.ndim):
-        inner &= np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
-    return np.argwhere((padded & ~inner).reshape(-1, *padded.shape[-2:]))
-
-
-def distances_to(target, points):
-    """Euclidean distance from each of the points (N, 3) to the nearest of the target points: (N,).
-
-    Exact, an axis at a time (Felzenszwalb & Huttenlocher 2012): squared distances within columns,
-    then across slices, then along the rows of the points alone.
-    """
-    low = np.minimum(target.min(0), points.min(0))
-    target, points = target - low, points - low
-    mask = np.zeros(np.maximum(target.max(0), points.max(0)) + 1, bool)  # the common box (D, H, W)
-    mask[tuple(target.T)] = True
-    z, y, x = np.ogrid[tuple(map(slice, mask.shape))]
-    above = np.maximum.accumulate(np.where(mask, y, -np.inf), 1)
-    below = np.minimum.accumulate(np.where(mask, y, np.inf)[:, ::-1], 1)[:, ::-1]
-    columns = np.minimum(y - above, below - y) ** 2
-    squares = np.full(mask.shape, np.inf)
-    for k, column in enumerate(columns):
-        squares = np.minimum(squares, column + (z - k) ** 2)
-    nearest = []
-    for p in np.array_split(points, 1 + len(points) * x.size // 2**22):  # bounded memory
-        nearest.append((squares[p[:, 0], p[:, 1]] + (p[:, 2:] - x[0]) ** 2).min(1))
-    return np.sqrt(np.concatenate(nearest))
-
-
 def mask_scores(pred, truth, distances=True):
     """One class, bool arrays (2-D or 3-D) -> {dice, jaccard (%), hd95, asd (pixels)} or None.
 
     HD95 pools both directions' surface distances; ASD goes from prediction to truth. Both masks
-    empty: None, not scored. One empty: Dice 0, distances the diagonal (0 would look perfect).
+    empty: None, not scored. One empty: Dice 0, distances the diagonal (0 would look perfect), and
+    "empty" says which.
     """
-    both, total = int((pred & truth).sum()), int(pred.sum()) + int(truth.sum())
+    both = int((pred & truth).sum())
+    total = int(pred.sum()) + int(truth.sum())
     if total == 0:
         return None
     scores = {"dice": 200 * both / total, "jaccard": 100 * both / (total - both)}
-    if distances and pred.any() and truth.any():
-        a, b = surface_points(pred), surface_points(truth)
-        to_truth, to_pred = distances_to(b, a), distances_to(a, b)
+    if not pred.any() or not truth.any():
+        scores["hd95"] = scores["asd"] = math.hypot(*pred.shape)
+        scores["empty"] = "prediction" if truth.any() else "truth"
+    elif distances:
+        surface_p = surface_points(pred)
+        surface_t = surface_points(truth)
+        to_truth = distances_to(surface_t, surface_p)
+        to_pred = distances_to(surface_p, surface_t)
         scores["hd95"] = float(np.percentile(np.concatenate([to_truth, to_pred]), 95))
         scores["asd"] = float(to_truth.mean())
-    elif distances:
-        scores["hd95"] = scores["asd"] = math.hypot(*pred.shape)
     return scores
+
+
+def mean_score(scores, metric):
+    """Mean of a metric over the scores (dictionaries or None) that have it; None if none has."""
+    values = [s[metric] for s in scores if s is not None and s.get(metric) is not None]
+    if not values:
+        return None
+    return sum(values) / len(values)
+
+
+def summarize(volumes, classes):
+    """{volume: {class: scores}} -> each metric's mean over the classes of its mean over volumes.
+
+    With its parts, "classes" and "volumes", and for each class in how many volumes both masks, the
+    prediction's alone (the class was missed) or the truth's alone (invented) are "empty".
+    """
+    summary = {"classes": {}, "empty": {}, "volumes": volumes}
+    for c in map(str, range(1, classes)):
+        scores = [volume[c] for volume in volumes.values()]
+        empty = ["both" if s is None else s.get("empty") for s in scores]
+        summary["classes"][c] = {metric: mean_score(scores, metric) for metric in METRICS}
+        summary["empty"][c] = {e: empty.count(e) for e in ("both", "prediction", "truth")}
+    for metric in METRICS:
+        summary[metric] = mean_score(summary["classes"].values(), metric)
+    return summary
 
 
 @contextlib.contextmanager
 def evaluating(networks):
     """All networks in evaluation mode and without gradients; afterwards each as it was."""
-    modes = {network: network.training for network in networks.values()}
+    modes = {name: network.training for name, network in networks.items()}
     try:
         with torch.no_grad():
-            for network in modes:
+            for network in networks.values():
                 network.eval()
             yield
     finally:
-        for network, training in modes.items():
-            network.train(training)
+        for name, network in networks.items():
+            network.train(modes[name])
+
+
+def segment_volume(predict, networks, data, indices):
+    """Image numbers of one volume -> {network: class numbers (D, H, W) uint8 at original size}.
+
+    predict(networks, x) -> {name: probabilities (B, C, h, w)}; resized first, argmax then.
+    """
+    labels = {}
+    for chunk in torch.tensor(indices).split(16):
+        for name, probs in predict(networks, data.load_images(chunk)).items():
+            probs = F.interpolate(probs, data.sizes[indices[0]], mode="bilinear")
+            labels.setdefault(name, []).append(probs.argmax(1).byte().cpu())
+    return {name: torch.cat(chunks).numpy() for name, chunks in labels.items()}
 
 
 def evaluate(predict, networks, data, part, distances=True):
-    """Score every network on all volumes of `part` ("val" or "test"): {network: summary}.
-
-    predict(networks, x) -> {name: probabilities (B, C, h, w)}, resized to the original size before
-    the argmax; a volume's slices are scored together, in 3-D. Summary: each metric's mean over the
-    foreground classes of its mean over volumes (None: undefined), with its parts; "empty": in how
-    many volumes both masks of a class, the prediction's ("missed") or the truth's ("false") were.
-    """
-    def mean(scores, metric):
-        values = [s[metric] for s in scores if s and s.get(metric) is not None]
-        return sum(values) / len(values) if values else None
-
-    results, names = {}, [str(c) for c in range(1, data.classes)]
-    for volume, indices in data.volumes(part).items():
-        truth, labels = np.stack([data.truth(i) for i in indices]), {}  # (D, H, W)
-        with evaluating(networks):
-            for chunk in torch.tensor(indices).split(16):
-                for name, probs in predict(networks, data.load_images(chunk)).items():
-                    probs = F.interpolate(probs, truth.shape[1:], mode="bilinear")
-                    labels.setdefault(name, []).append(probs.argmax(1).byte().cpu())
-        for name, chunks in labels.items():
-            pred = torch.cat(chunks).numpy()  # (D, H, W)
-            result = results.setdefault(name, {"classes": {}, "empty": {}, "volumes": {}})
-            for c in names:
-                a, b = pred == int(c), truth == int(c)
-                a, b = (a[0], b[0]) if len(b) == 1 else (a, b)  # one image is scored in 2-D
-                result["volumes"].setdefault(volume, {})[c] = mask_scores(a, b, distances)
-                empty = result["empty"].setdefault(c, {"both": 0, "missed": 0, "false": 0})
-                if not (a.any() and b.any()):
-                    empty["false" if a.any() else "missed" if b.any() else "both"] += 1
-    for result in results.values():
-        for c in names:
-            scores = [volume[c] for volume in result["volumes"].values()]
-            result["classes"][c] = {m: mean(scores, m) for m in METRICS}
-        result.update({m: mean(result["classes"].values(), m) for m in METRICS})
-    return results
+    """Score every network on all volumes of `part` ("val" or "test"): {network: summary}."""
+    volumes = {}  # {network: {volume: {class: scores}}}
+    with evaluating(networks):
+        for volume, indices in data.volumes(part).items():
+            truth = np.stack([data.truth(i) for i in indices])  # (D, H, W)
+            for name, pred in segment_volume(predict, networks, data, indices).items():
+                scores = volumes.setdefault(name, {}).setdefault(volume, {})
+                for c in range(1, data.classes):
+                    pred_c, truth_c = pred == c, truth == c
+                    if len(truth) == 1:  # a single image is scored in 2-D
+                        pred_c, truth_c = pred_c[0], truth_c[0]
+                    scores[str(c)] = mask_scores(pred_c, truth_c, distances)
+    return {name: summarize(scores, data.classes) for name, scores in volumes.items()}
 
 
 # --- Augmentation: on the device, for a whole batch, drawn for each image -------------------------
 
-def weak(x, *maps, flip=True):
-    """Random flips, rotation (to 20 degrees), scale (0.8 to 1.25) of x (B, channels, H, W) [ours].
+def weak(x, *maps, flip=True, rotation=20):
+    """Random flips, rotation (to `rotation` degrees), scale (0.8 to 1.25) of images [ours].
 
-    maps: integer maps (B, H, W), moved alike, nearest neighbour; 0 from outside. -> [x, *maps].
+    x: (B, channels, H, W); integer maps (B, H, W) move alike, 0 from outside. -> [x, *maps].
     """
     if len(x) == 0:
         return [x, *maps]
-    angle = (torch.rand(len(x), device=x.device) * 2 - 1) * math.radians(20)
+    angle = (torch.rand(len(x), device=x.device) * 2 - 1) * math.radians(rotation)
     zoom = 1.25 ** (torch.rand(len(x), device=x.device) * 2 - 1)
-    mirror = torch.rand(len(x), 1, 2, device=x.device) >= 0.5
+    mirrored = torch.rand(len(x), 1, 2, device=x.device) >= 0.5  # horizontally, vertically
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    theta = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2) * (1 - 2.0 * (mirror & flip))
-    grid = F.affine_grid(F.pad(theta, (0, 1)), list(x.shape), align_corners=False)
-    out = [F.grid_sample(x, grid, align_corners=False)]
+    matrix = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+    if flip:
+        matrix = torch.where(mirrored, -matrix, matrix)
+    grid = F.affine_grid(F.pad(matrix, (0, 1)), list(x.shape), align_corners=False)  # no shift
+    moved = [F.grid_sample(x, grid, align_corners=False)]
     for m in maps:
-        moved = F.grid_sample(m[:, None].float(), grid, "nearest", align_corners=False)
-        out.append(moved[:, 0].to(m.dtype))
-    return out
+        sampled = F.grid_sample(m[:, None].float(), grid, "nearest", align_corners=False)
+        moved.append(sampled[:, 0].to(m.dtype))
+    return moved
+
+
+def uniform(x, low, high):
+    """A random number for each image of x (B, channels, H, W): (B, 1, 1, 1) in [low, high)."""
+    return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
 
 def strong(x):
     """Contrast, brightness, gamma, blur, noise of x (B, channels, H, W); stays in [0, 1] [ours]."""
-    def uniform(low, high):
-        return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
-
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = ((x - mean) * uniform(0.5, 1.5) + mean + uniform(-0.2, 0.2)).clamp(1e-4, 1)
-    x = x ** torch.exp2(uniform(-0.7, 0.7))
-    x = x.lerp(tvf.gaussian_blur(x, [5, 5], [1.5, 1.5]), uniform(0, 1))
-    return (x + uniform(0, 0.08) * torch.randn_like(x)).clamp(0, 1)
+    x = (x - mean) * uniform(x, 0.5, 1.5) + mean  # contrast
+    x = x + uniform(x, -0.2, 0.2)  # brightness
+    x = x.clamp(1e-4, 1) ** torch.exp2(uniform(x, -0.7, 0.7))  # gamma
+    x = x.lerp(tvf.gaussian_blur(x, [5, 5], [1.5, 1.5]), uniform(x, 0, 1))
+    strength = uniform(x, 0, 0.08)
+    return (x + strength * torch.randn_like(x)).clamp(0, 1)
 
 
-# --- Batches --------------------------------------------------------------------------------------
+# --- Data and batches -----------------------------------------------------------------------------
 
 def shuffled(indices, seed):
     """Endless stream of image numbers: all in random order, then all again in another order.
@@ -289,81 +308,98 @@ def shuffled(indices, seed):
             yield indices[k]
 
 
-class Data:
-    """A dataset: the split, decoded images at --size, masks where training may see them, batches.
+class Item(NamedTuple):
+    """One image of the dataset, and what its name says about it."""
 
-    names[i] is image i, units[i] its patient (or itself), volumes_of[i] its volume; split is
-    {"labeled": units, "unlabeled": ..., "val": ..., "test": ...}. decode() adds channels, classes,
-    images (N, channels, S, S) uint8 and truth(i), mask i (H, W) uint8 at its own size.
+    name: str
+    unit: str  # its patient, or itself: what is labelled, validated or tested as a whole
+    volume: str  # its patient and frame, or itself: what is scored as a whole
+    image: Path
+    mask: Path | None
+
+
+class Data:
+    """A dataset: items, split, decoded images at --size, masks that training may see, batches.
+
+    items: [Item]; everywhere else an image is its number in this list.
+    split: {"labeled", "unlabeled", "val", "test": image numbers}.
+    images: (N, channels, S, S) uint8; sizes: (H, W) of each image as it lies on disk.
+    labels: {image number: mask (S, S) uint8} of the labelled, validation and test images alone.
     """
 
     def __init__(self, args):
-        self.args, self.images, self.drawn = args, None, 0
-        find_files(self, args)  # in the tools below: names, checks, split
-        labeled = self.indices("labeled")
-        # With every unit labelled, the unlabelled stream is the same images without their masks.
-        self.unlabeled = self.indices("unlabeled") or labeled
-        self.streams = shuffled(labeled, args.seed), shuffled(self.unlabeled, args.seed + 1)
-
-    def decode(self, hidden=False):
-        """Read, once, the images and the labelled, validation, test masks; `hidden`: all masks."""
-        if self.images is None:
-            decode(self, hidden)
+        folder = Path(args.data)
+        self.args = args
+        self.name = folder.resolve().name
+        self.items = find_items(folder)
+        self.split = make_split(self.items, folder, args.labeled, args.split_seed)
+        self.images, self.sizes = decode_images(self.items, args)
+        visible = self.split["labeled"] + self.split["val"] + self.split["test"]
+        self.labels, self.binary, self.classes = decode_masks(self, visible)
+        self.channels = self.images.shape[1]
+        self.class_names = read_class_names(folder, self.classes)
+        self.unlabeled = self.split["unlabeled"] or self.split["labeled"]  # at 100% the same images
+        self.stream_l = shuffled(self.split["labeled"], args.seed)
+        self.stream_u = shuffled(self.unlabeled, args.seed + 1)
+        self.unlabeled_batch = args.unlabeled_batch
+        self.drawn = 0  # batches so far; --resume draws as many again
 
     def indices(self, part):
-        """Image numbers of a part; a labelled patient's slices without masks are unlabelled."""
-        units, labeled = set(self.split[part]), set(self.split["labeled"])
-        images = list(zip(range(len(self.names)), self.units, self.has_mask, strict=True))
-        if part == "unlabeled":
-            return [i for i, u, masked in images if u in units or (u in labeled and not masked)]
-        return [i for i, u, masked in images if u in units and masked]
+        """Image numbers of "labeled", "unlabeled", "val" or "test"."""
+        return self.split[part]
+
+    def units(self, part):
+        """Names of the units in a part, sorted."""
+        return sorted({self.items[i].unit for i in self.split[part]})
 
     def volumes(self, part):
         """{volume: image numbers in slice order} of a part."""
-        groups = itertools.groupby(self.indices(part), lambda i: self.volumes_of[i])
-        return {volume: list(indices) for volume, indices in groups}
+        volumes = {}
+        for i in self.split[part]:
+            volumes.setdefault(self.items[i].volume, []).append(i)
+        return volumes
 
-    def on_device(self, array):
-        """An array as a tensor on the device; to a GPU it travels while the CPU goes on."""
-        x, cuda = torch.from_numpy(array), "cuda" in self.args.device
-        return (x.pin_memory() if cuda else x).to(self.args.device, non_blocking=cuda)
+    def truth(self, i):
+        """Mask of image i at its original size: class numbers (H, W) uint8, read from disk."""
+        return to_class_numbers(read_mask(self.items[i].mask), self.binary)
 
     def load_images(self, indices):
         """Image numbers (B,) -> floats in [0, 1] (B, channels, S, S) on the device."""
-        indices = np.asarray(indices)
-        if torch.is_tensor(self.images):  # all of them are on the GPU
-            return self.images[self.on_device(indices)] / 255
-        return self.on_device(self.images[indices]) / 255
+        return self.images[torch.as_tensor(indices)].to(self.args.device) / 255
 
     def load_labels(self, indices):
         """Numbers of images with visible masks (B,) -> masks (B, S, S), long, on the device."""
-        rows = [self.label_rows[int(i)] for i in indices]
-        return self.on_device(self.labels[rows]).long()
+        masks = [self.labels[int(i)] for i in indices]
+        return torch.stack(masks).to(self.args.device).long()
 
     def draw(self):
-        """Numbers of the next batch's labelled and of its unlabelled images, two tensors."""
+        """Numbers of the next batch's labelled and of its unlabelled images: (B_l,), (B_u,)."""
         self.drawn += 1
-        sizes = self.args.batch_size, self.args.unlabeled_batch
-        return [torch.tensor(list(itertools.islice(stream, n)), dtype=torch.long)
-                for stream, n in zip(self.streams, sizes, strict=True)]
+        index_l = list(itertools.islice(self.stream_l, self.args.batch_size))
+        index_u = list(itertools.islice(self.stream_u, self.unlabeled_batch))
+        return torch.tensor(index_l, dtype=torch.long), torch.tensor(index_u, dtype=torch.long)
 
     def batch(self, maps=None):
         """What a step trains on, weakly augmented: x_l, y_l, x_u, map_u, index_u.
 
-        Labelled images (B_l, channels, H, W), their masks (B_l, H, W) long, unlabelled images
-        (B_u, channels, H, W), and of those the maps (B_u, H, W) uint8, moved alike, out of the
-        optional array maps (N, H, W), and their numbers (B_u,) on the CPU.
+        Labelled images (B_l, channels, H, W) and their masks (B_l, H, W) long; unlabelled images
+        (B_u, channels, H, W), their maps (B_u, H, W) uint8, which moved alike, out of the optional
+        maps (N, H, W), and their numbers (B_u,) on the CPU.
         """
-        rank, processes = world()  # under torchrun each takes its share of the batch
-        index_l, index_u = (index[rank::processes] for index in self.draw())
-        map_u = [] if maps is None else [self.on_device(maps[index_u.numpy()])]
-        flip = self.args.flip
-        x_l, y_l = weak(self.load_images(index_l), self.load_labels(index_l), flip=flip)
-        x_u, *map_u = weak(self.load_images(index_u), *map_u, flip=flip)
-        return x_l, y_l, x_u, map_u[0] if map_u else None, index_u
+        index_l, index_u = map(my_share, self.draw())
+        geometry = {"flip": self.args.flip, "rotation": self.args.rotation}
+        x_l, y_l = weak(self.load_images(index_l), self.load_labels(index_l), **geometry)
+        x_u = self.load_images(index_u)
+        if maps is None:
+            [x_u] = weak(x_u, **geometry)
+            return x_l, y_l, x_u, None, index_u
+        x_u, map_u = weak(x_u, maps[index_u].to(self.args.device), **geometry)
+        return x_l, y_l, x_u, map_u, index_u
 
 
 # ==================== Tools: no need to read these to understand a method =========================
+
+# --- Messages and files ---------------------------------------------------------------------------
 
 def stop(message, status=2):
     """End the program with a message: what was found, what was expected, what to do."""
@@ -371,904 +407,1442 @@ def stop(message, status=2):
     sys.exit(status)
 
 
-def some(items, most=4, between=", "):
-    """The first items of a list, for a message."""
-    return between.join([*map(str, list(items)[:most]), *["..."] * (len(items) > most)])
-
-
 def explain(kind, error, trace):
-    """sys.excepthook: an exhausted memory gets a message, other errors their traceback."""
-    words = f"{kind.__name__}: {error}"
-    if not re.search("MemoryError|out of memory|not enough memory|t allocate memory", words):
-        return sys.__excepthook__(kind, error, trace)
-    print("error: out of memory. Lower --batch-size and --unlabeled-batch, --size or --width; "
-          "--resume continues from the last checkpoint.", file=sys.stderr)
+    """For sys.excepthook: Ctrl-C ends with a word, other errors with their traceback."""
+    if kind is KeyboardInterrupt:
+        print("\ninterrupted before the run began", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
-def world():
-    """(rank, number) of this process among those that torchrun started; (0, 1) without it."""
-    started = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
+def some(items, most=4, between=", "):
+    """The first items of a list, for a message: "a, b, c, d, ..."."""
+    words = [str(item) for item in items]
+    if len(words) > most:
+        words[most:] = ["..."]
+    return between.join(words)
 
 
-def write_aside(path, write):
-    """write(temporary path), then rename: readers of `path` find the old or the new file, whole.
-
-    Under torchrun the first process alone writes; everything in a run folder comes through here.
-    """
-    if world()[0]:
+def write_aside(path, content, write):
+    """write(content, temporary path), then rename: readers find the old or the new file, whole."""
+    if not is_first():
         return
     aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        if path.suffix in (".pt", ".json"):  # onto the disk, before the old one goes
-            with open(aside, "rb+") as file:
-                os.fsync(file.fileno())
+        write(content, aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())  # onto the disk, before the old file goes
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
         stop(f"{path} cannot be written ({error}); what was there before is still there.", status=1)
 
 
-def write_json(path, content):
-    write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=1)))
+def write_text(text, path):
+    path.write_text(text, encoding="utf-8")
 
 
-def write_png(path, image):
-    write_aside(path, lambda aside: image.save(aside, "PNG"))
+def write_json(content, path):
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def write_png(image, path):
+    image.save(path, "PNG")
+
+
+# --- Several processes: torchrun; what it starts is one run, and the first process speaks for it --
+
+def processes():
+    """(number of this process, count of those that torchrun started); (0, 1) without it."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def is_first():
+    return processes()[0] == 0
+
+
+def join_processes(device):
+    """Join the processes that torchrun started, if it did; the device that this one is to use."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    backend = "gloo"
+    if device.startswith("cuda"):
+        backend, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(backend)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def my_share(values):
+    """This process's part of a batch's image numbers, or of a list with an entry for each."""
+    number, count = processes()
+    return values[number::count]
+
+
+def gather(value):
+    """The values of all processes, in the order of their numbers."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def average(tensor):
+    """Replace a tensor by its mean over the processes."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+        tensor /= processes()[1]
+
+
+def average_gradient(parameter):
+    average(parameter.grad)
+
+
+def average_statistics(networks):
+    """Replace BatchNorm's running statistics by their mean over the processes."""
+    for network in networks.values():
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                average(buffer)
+
+
+def start_alike(networks, seed):
+    """Give all the first one's weights, average gradients from now on, seed each process apart."""
+    number, count = processes()
+    if count == 1:
+        return
+    for network in networks.values():
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, 0)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(average_gradient)
+    torch.manual_seed(seed + 1000 * number)
 
 
 # --- Command line ---------------------------------------------------------------------------------
 
-def number(kind, minimum):
-    """An argparse type: a finite number of this kind, not below the minimum."""
+UNNAMED = {"data", "labeled", "seed", "supervised", "out", "resume", "device", "val_every", "cache"}
+AGAIN = {"device", "precision", "resume"}  # what may be typed again with --resume
+PATHS = {"data", "labeled"}  # kept as absolute paths
+
+
+def number(kind, minimum, maximum=math.inf):
+    """An argparse type: a finite number of this kind, from minimum to maximum."""
     def convert(text):
-        if minimum <= kind(text) < math.inf:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} was given, at least {minimum} is needed")
+        value = kind(text)
+        if minimum <= value <= maximum and value < math.inf:
+            return value
+        limits = f"at least {minimum}"
+        if maximum < math.inf:
+            limits = f"{minimum} to {maximum}"
+        raise argparse.ArgumentTypeError(f"{text} was given, {limits} is needed")
+    convert.__name__ = kind.__name__  # for argparse's message: invalid int value
     return convert
+
+
+def default_cache():
+    """The user's cache folder; without a home the system's folder for temporary files."""
+    try:
+        parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        parent = tempfile.gettempdir()
+    return str(Path(parent, "ssl-segmentation"))
 
 
 def parser(doc):
     """An ArgumentParser with the options that all methods share; methods add to its group `own`."""
-    raw, one, zero = argparse.RawDescriptionHelpFormatter, number(int, 1), number(int, 0)
-    p = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    as_written = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=doc, formatter_class=as_written)
     p.own = p.add_argument_group("options of this paper")
     add = p.add_argument_group("shared options").add_argument
-    add("--data", default="phantom", metavar="PATH", help="dataset folder (default: a phantom)")
-    add("--labeled", metavar="SPEC", help="10%% of the units with masks, 7 units, or a file of ids")
-    add("--size", type=one, help="side that images are resized to (256; phantom: 64)")
-    add("--width", type=one, help="channels of the U-Net's first stage (32; phantom: 16)")
-    add("--classes", type=number(int, 2), help="classes, if they cannot be seen from the masks")
-    add("--steps", type=one, help="optimizer steps (10000; phantom: 800)")
-    add("--batch-size", type=one, default=8, help="labelled images a step (%(default)s)")
-    add("--unlabeled-batch", type=one, default=8, help="unlabelled images a step (%(default)s)")
+    add("--data", metavar="PATH", help="dataset folder (default: the phantom, drawn for you)")
+    add("--labeled", metavar="SPEC", help="a share of the training units that have masks (10%%), a "
+        "number of them (7), or a text file of ids; a unit is a patient, or an image that is no "
+        "slice (default: 10%% on the phantom; all masks where some images have none)")
+    add("--size", type=number(int, 1), help="side that images are resized to (256; phantom: 64)")
+    add("--width", type=number(int, 1), help="channels of the U-Net's first stage (32; phantom 16)")
+    add("--classes", type=number(int, 2, MAX_CLASS + 1),
+        help="number of classes, if it cannot be seen from the masks")
+    add("--steps", type=number(int, 1), help="optimizer steps (10000; phantom: 800)")
+    add("--batch-size", type=number(int, 1), default=8, help="labelled images a step (%(default)s)")
+    add("--unlabeled-batch", type=number(int, 1), default=8,
+        help="unlabelled images a step (%(default)s)")
     add("--lr", type=number(float, 0), default=1e-3, help="first learning rate (%(default)s)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True,
-        help="mirror images; --no-flip where left and right are different classes")
-    add("--seed", type=zero, default=0, help="training randomness (%(default)s)")
-    add("--split-seed", type=zero, default=0, help="which units are labelled (%(default)s)")
+        help="mirror images (yes); --no-flip where left and right are different classes")
+    add("--rotation", type=number(float, 0, 180), default=20.0, metavar="DEGREES",
+        help="rotate images by up to so much (%(default)s)")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="training randomness (%(default)s)")
+    add("--split-seed", type=number(int, 0, 2**31), default=0, help="which units are labelled, and "
+        "without lists which are validated and tested (%(default)s)")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name such as cuda:1")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
         help="auto: bf16 where the GPU has it, fp16 with a scaler on older ones, else fp32")
-    add("--compile", action="store_true", help="torch.compile the networks (GPU; slow start)")
     add("--out", default="runs", metavar="FOLDER", help="where run folders go (%(default)s)")
-    add("--resume", action="store_true", help="continue the run that these options name")
-    add("--val-every", type=one, help="steps between validations (a tenth of --steps)")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssl-segmentation"
-    add("--cache", default=str(cache), metavar="FOLDER", help="for decoded images (%(default)s)")
+    add("--resume", metavar="RUN", help="continue the run of this folder, with its own options")
+    add("--val-every", type=number(int, 1), help="steps between validations (a tenth of --steps)")
+    add("--cache", default=default_cache(), metavar="FOLDER",
+        help="for decoded images, may be deleted at any time (%(default)s)")
     return p
 
 
-def choose_device(name):
-    """"auto" -> cuda, else mps, else cpu; other names are tried."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # started by torchrun
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        stop(f"--device {name} cannot be used: {str(error).splitlines()[0]} Expected auto, "
-             "cpu, cuda, cuda:1 or mps, on a machine that has it.")
-    return name
-
-
 def parse(parser, argv=None):
-    """Parse, and fill in every default; args.options holds what the run folder's name spells."""
-    if hasattr(sys.stdout, "reconfigure"):  # lines reach a log file at once, on every console
-        sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    sys.excepthook, args, unit = explain, parser.parse_args(argv), 2**DEPTH
-    other = ("data labeled seed supervised out resume device val_every cache compile "
-             "debug_oracle").split()
-    args.options = {k: v for k, v in vars(args).items()
-                    if k not in other and v != parser.get_default(k)}
-    size, width, steps = (64, 16, 800) if args.data == "phantom" else (256, 32, 10000)
-    args.size, args.width, args.steps = args.size or size, args.width or width, args.steps or steps
-    args.val_every = args.val_every or max(1, args.steps // 10)
-    if args.size % unit:
-        low = args.size // unit * unit
-        stop(f"--size {args.size}: expected a multiple of {unit}, since the U-Net halves the image "
-             f"{DEPTH} times. Try {low or unit} or {low + unit}.")
+    """The options, checked and complete."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # so that lines reach a log at once, ± any console
+            stream.reconfigure(line_buffering=True, errors="replace")
+    sys.excepthook = explain
+    args = parser.parse_args(argv)
+    if args.resume:
+        args = load_args(parser, argv, args.resume)
+    else:
+        fill_defaults(parser, args)
     args.device = choose_device(args.device)
-    cuda = args.device.startswith("cuda")
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        if cuda:
-            torch.cuda.set_device(args.device)  # NCCL gathers objects through the current device
-        dist.init_process_group("nccl" if cuda else "gloo")
-        if dist.get_rank():  # the first process speaks for all
-            sys.stdout = open(os.devnull, "w")
-    if args.batch_size % world()[1] or args.unlabeled_batch % world()[1]:
-        stop(f"--batch-size {args.batch_size}, --unlabeled-batch {args.unlabeled_batch}: expected "
-             f"multiples of the number of processes, {world()[1]}, which share a batch.")
-    if args.precision == "fp16" and not cuda:
-        stop(f"--precision fp16 needs a CUDA GPU, the device is {args.device}. Use fp32.")
-    if args.precision == "auto":
-        new = cuda and torch.cuda.get_device_capability(args.device)[0] >= 8
-        args.precision = "bf16" if new else "fp16" if cuda else "fp32"
+    args.precision = choose_precision(args.precision, args.device)
+    count = processes()[1]
+    for batch in (args.batch_size, args.unlabeled_batch):
+        if batch % count:
+            stop(f"--batch-size, --unlabeled-batch: {count} processes cannot share {batch} images "
+                 f"alike. Expected a multiple of {count}.")
     return args
 
 
-# --- Files, checks, split -------------------------------------------------------------------------
+def fill_defaults(parser, args):
+    """Fill in the options that depend on others; args.options: those off their defaults."""
+    defaults = {"size": 256, "width": 32, "steps": 10000}
+    if args.data is None:
+        defaults = {"size": 64, "width": 16, "steps": 800}
+    options = {}
+    for option, value in vars(args).items():
+        default = defaults.get(option, parser.get_default(option))
+        if value is None and option in defaults:
+            setattr(args, option, default)
+        elif value != default and option not in UNNAMED:
+            options[option] = value
+    args.options = options
+    args.val_every = args.val_every or max(2, args.steps // 20 * 2)  # even, for UCMT
+    if args.size % 2**DEPTH:
+        low = args.size // 2**DEPTH * 2**DEPTH
+        stop(f"--size {args.size}: expected a multiple of {2**DEPTH}, since the U-Net halves the "
+             f"image {DEPTH} times. Try {low or 2**DEPTH} or {low + 2**DEPTH}.")
+    if args.data is None:
+        args.data = draw_phantom(Path(args.cache, f"phantom-{args.size}"), args.size)
+        args.labeled = args.labeled or "10%"
+    for option in PATHS:
+        value = getattr(args, option)
+        if value is not None and Path(value).exists():
+            setattr(args, option, str(Path(value).resolve()))
+
+
+def load_args(parser, argv, run):
+    """--resume RUN: that run's options; of those typed beside it device and precision count."""
+    path = Path(run, "args.json")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        args = argparse.Namespace(**saved)
+    except (OSError, ValueError, TypeError) as error:
+        stop(f"--resume {run}: {path} cannot be read ({error}). Expected a run's folder.")
+    args = parser.parse_args(argv, args)  # options that are not typed stay as they are
+    if set(vars(args)) != set(saved):
+        stop(f"--resume {run} has other options than this file. Resume it with its own.")
+    for option, value in vars(args).items():
+        if option in PATHS and value is not None and Path(value).exists():
+            value = str(Path(value).resolve())
+        if option not in AGAIN and value != saved[option]:
+            stop(f"--resume goes on with the run's own options: --{option.replace('_', '-')} is "
+                 f"{saved[option]} there, {value} was typed. Leave it out.")
+    return argparse.Namespace(**saved | {option: getattr(args, option) for option in AGAIN})
+
+
+# --- Device ---------------------------------------------------------------------------------------
+
+def choose_device(name):
+    """"auto" -> cuda, else mps, else cpu; under torchrun a GPU a process. The device is tried."""
+    if name == "auto":
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+    name = join_processes(name)
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        stop(f"--device {name} cannot be used: {reason} Expected auto, cpu, cuda, cuda:1 or mps, "
+             "on a machine that has it.")
+    return name
+
+
+def choose_precision(name, device):
+    """"auto" -> bf16 on GPUs that have it, fp16 on older ones, else fp32."""
+    cuda = device.startswith("cuda:") or device == "cuda"
+    if name == "fp16" and not cuda:
+        stop(f"--precision fp16 needs a CUDA GPU, the device is {device}. Use fp32.")
+    if name != "auto":
+        return name
+    if not cuda:
+        return "fp32"
+    if torch.cuda.get_device_capability(device)[0] >= 8:
+        return "bf16"
+    return "fp16"
+
+
+def mixed_precision(args):
+    """autocast(), the context of forward passes, and the gradient scaler; in fp32 both do nothing.
+
+    bf16 and fp16 are computed faster than fp32; fp16 alone needs the scaler, lest small gradients
+    become 0.
+    """
+    device_type = torch.device(args.device).type
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    autocast = functools.partial(torch.autocast, device_type, dtype, enabled=dtype is not None)
+    scaler = torch.amp.GradScaler(device_type, enabled=args.precision == "fp16")
+    return autocast, scaler
+
+
+def place(networks, args):
+    """Move {name: network} to the device; with several processes, prepare what they share."""
+    torch.backends.cudnn.benchmark = True
+    layout = torch.channels_last  # faster on CPUs and with bf16
+    if torch.device(args.device).type == "mps":
+        layout = torch.contiguous_format  # there BatchNorm's gradient fails with channels-last
+    for network in networks.values():
+        network.to(args.device, memory_format=layout)
+    start_alike(networks, args.seed)
+    return networks
+
+
+# --- Dataset folder -------------------------------------------------------------------------------
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".npy")
-MASK_SUFFIX = re.compile("_(mask|segmentation|anno|label)$")
+MASK_SUFFIX = re.compile("_(mask|segmentation|seg|anno|label|gt)$", re.IGNORECASE)
 SLICE = re.compile(r"^(?P<volume>(?P<patient>.+?)(_frame\d+)?)_slice_?(?P<slice>\d+)$")
-WHOLE = 0.5, 0.5, 1, 1  # the box cx, cy, w, h around an image, in shares of its sides
-MAX_CLASS = 31  # a larger number in a mask is no class number (but 255 in a binary mask is)
+LAYOUT = (f"Expected PATH/images/NAME.png and PATH/masks/NAME.png, with the endings "
+          f"{' '.join(ENDINGS)}; see README, Your own data.")
 
 
 def parse_name(name):
     """Image name -> (unit, volume, slice number); a name that is not a slice's is its own unit."""
     match = SLICE.match(name)
-    return (match["patient"], match["volume"], int(match["slice"])) if match else (name, name, -1)
+    if match is None:
+        return name, name, -1
+    return match["patient"], match["volume"], int(match["slice"])
 
 
-def list_files(folder, suffix=re.compile("$")):
-    """A folder's images {name: path}, by volume and slice; `suffix` is no part of a name."""
+def slice_order(name):
+    """Sorts names by volume, then by slice number, then as text."""
+    unit, volume, number = parse_name(name)
+    return volume, number, name
+
+
+def list_files(folder):
+    """A folder's images {name: path}, slices of a volume in order."""
     files = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        name = suffix.sub("", path.stem)
-        if path.suffix.lower() in ENDINGS and name[:1] != ".":
-            if not path.is_file():
-                stop(f"{path} is a folder or a broken link, not an image. Remove it.")
-            if (other := files.setdefault(name, path)) != path:
-                stop(f"two files for {name}: {other.name} and {path.name}. Keep one.")
-    return dict(sorted(files.items(), key=lambda item: (*parse_name(item[0])[1:], item[0])))
-
-
-def read_ids(path, names):
-    """A text file of ids (patients, volumes or image names, one a line) -> its units, sorted."""
-    unit_of = {key: parse_name(n)[0] for n in names for key in (n, *parse_name(n)[:2])}
     try:
-        ids = list(filter(None, map(str.strip, Path(path).read_text("utf-8-sig").splitlines())))
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        stop(f"{folder} cannot be read ({error.strerror}). {LAYOUT}")
+    for path in paths:
+        if path.suffix.lower() not in ENDINGS or path.name.startswith("."):
+            continue
+        if not path.is_file():
+            stop(f"{path} is a folder or a broken link, not an image. Remove it.")
+        if path.stem in files:
+            stop(f"two files for {path.stem}: {files[path.stem].name} and {path.name}. Keep one.")
+        files[path.stem] = path
+    return {name: files[name] for name in sorted(files, key=slice_order)}
+
+
+def pair_masks(images, files):
+    """{image name: mask path}: a mask has its image's name, or that with a suffix like _mask."""
+    masks, orphans = {}, []
+    for stem, path in files.items():
+        name = stem
+        if name not in images:
+            name = MASK_SUFFIX.sub("", stem)
+        if name not in images:
+            orphans.append(path.name)
+        elif name in masks:
+            stop(f"two files for {name}: {masks[name].name} and {path.name}. Keep one.")
+        masks[name] = path
+    if orphans:
+        stop(f"--data: {len(orphans)} masks have no image of their name: {some(orphans)}; images "
+             f"are {some(images)}. {LAYOUT}")
+    return masks
+
+
+def find_items(folder):
+    """The images of a dataset folder and their masks, if they have one: [Item], slices in order."""
+    if not (folder / "images").is_dir():
+        found = "no such folder"
+        if folder.is_dir():
+            found = some(sorted(os.listdir(folder))) or "nothing"
+        stop(f"--data: no folder images in {folder} (found: {found}). {LAYOUT}")
+    images = list_files(folder / "images")
+    if not images:
+        found = some(sorted(os.listdir(folder / "images"))) or "nothing"
+        stop(f"--data: no images in {folder / 'images'} (found: {found}). {LAYOUT}")
+    masks = {}
+    if (folder / "masks").exists():
+        masks = pair_masks(images, list_files(folder / "masks"))
+    items = []
+    for name, path in images.items():
+        unit, volume, _ = parse_name(name)
+        items.append(Item(name, unit, volume, path, masks.get(name)))
+    units = {item.unit for item in items}
+    if len(units) == 1:
+        stop(f"all {len(items)} images belong to one patient, {units.pop()}: nothing is left to "
+             "test on. NAME_slice_03 means a slice of patient NAME; rename what is a separate "
+             "image.")
+    return items
+
+
+def read_class_names(folder, classes):
+    """classes.txt, a name a line, background first; "class 2" and so on for what it leaves out."""
+    path = folder / "classes.txt"
+    names = []
+    if path.is_file():
+        lines = path.read_text("utf-8-sig", "replace").splitlines()
+        names = [line.strip() for line in lines if line.strip()][:classes]
+    if not names:
+        names = ["background"]
+    for c in range(len(names), classes):
+        names.append(f"class {c}")
+    return names
+
+
+# --- Split ----------------------------------------------------------------------------------------
+
+def read_ids(path, items):
+    """A text file of ids, one a line -> the numbers of exactly the images that they name, sorted.
+
+    An id is a patient, a volume or an image name.
+    """
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path} cannot be read as a text file of ids, one a line: {error}")
-    unknown = [i for i in ids if i not in unit_of]
+    ids = [line.strip() for line in lines if line.strip()]
+    numbers = {}  # {id: image numbers}
+    for i, item in enumerate(items):
+        for key in {item.unit, item.volume, item.name}:
+            numbers.setdefault(key, []).append(i)
+    unknown = [i for i in ids if i not in numbers]
     if unknown or not ids:
+        units = sorted({item.unit for item in items})
         stop(f"{path}: {len(unknown)} of {len(ids)} ids are not in the dataset: {some(unknown)}. "
-             f"Expected at least one id, such as {some(sorted(set(unit_of.values())))}")
-    return sorted({unit_of[i] for i in ids})
+             f"Expected at least one id, such as {some(units)}")
+    return sorted({number for i in ids for number in numbers[i]})
 
 
-def choose_labeled(spec, units, names, option="--labeled", what="training units with masks"):
-    """An option's share -> units: a file's, or the first of the (seeded) `units`: 5% inside 10%."""
+def read_lists(folder, items):
+    """train.txt, val.txt, test.txt -> {"train": image numbers, ...} for each that exists."""
+    lists, owner = {}, {}
+    for part in ("train", "val", "test"):
+        path = folder / f"{part}.txt"
+        if not os.path.lexists(path):
+            continue
+        lists[part] = read_ids(path, items)
+        units = {items[i].unit for i in lists[part]}
+        both = sorted(unit for unit in units if unit in owner)
+        if both:
+            stop(f"{some(both)}: in {owner[both[0]]}.txt and in {part}.txt. A patient may be in "
+                 "one list only.")
+        owner.update(dict.fromkeys(units, part))
+    return lists
+
+
+def choose_images(spec, units, candidates, items, option, what):
+    """The candidates (image numbers) that --labeled SPEC, or an option like it, selects.
+
+    spec: a share ("10%") or a number of `units`, of which the first are taken, so that 5% lies
+    inside 10%; or a text file of ids, which stands for exactly the images that it names.
+    """
     if Path(spec).is_file():
-        chosen = read_ids(spec, names)
-        if outside := sorted(set(chosen) - set(units)):
+        chosen = [i for i in read_ids(spec, items) if items[i].mask is not None]
+        outside = [items[i].name for i in chosen if i not in candidates]
+        if outside:
             stop(f"{option} {spec}: not {what}: {some(outside)}. Expected some of {some(units)}")
+        if not chosen:
+            stop(f"{option} {spec}: none of the images that it names has a mask.")
         return chosen
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
-    value, percent = (float(match[1]), match[2]) if match else (0, "")
-    if not percent and value % 1:
+    if match is None:
+        value, percent = 0, False
+    else:
+        value, percent = float(match[1]), match[2] == "%"
+    if not percent and 0 < value < 1:
         stop(f"{option} {spec}: did you mean {value * 100:g}%? Give a share (10%) or units (7).")
-    if value <= 0 or value > (100 if percent else len(units)) or not units:
+    largest = 100 if percent else len(units)
+    if not units or value <= 0 or value > largest or (value % 1 and not percent):
         stop(f"{option} {spec}: expected a share above 0% and up to 100%, a number of units from "
              f"1 to {len(units)} (the {what}), or a text file of ids.")
-    count = max(1, math.floor(len(units) * value / 100 + 0.5)) if percent else int(value)
-    return sorted(units[:count])
+    count = int(value)
+    if percent:
+        count = max(1, math.floor(len(units) * value / 100 + 0.5))
+    chosen_units = set(units[:count])
+    return [i for i in candidates if items[i].unit in chosen_units]
 
 
-def make_split(names, masked, lists, labeled, split_seed):
-    """{"labeled", "unlabeled", "val", "test": sorted units}, from sorted ids and split_seed alone.
+def make_split(items, folder, labeled, seed):
+    """{"labeled", "unlabeled", "val", "test": sorted image numbers}.
 
-    names: all images; masked: those with masks; lists: {"train", "val", "test": units} or fewer.
+    It depends on the sorted ids, the lists in the folder, --labeled and --split-seed alone. Without
+    a list, a tenth of the units with masks validates and a fifth tests, at least one each; units
+    without masks that are in no list train.
     """
-    units = sorted({parse_name(name)[0] for name in names})
-    with_mask = {parse_name(name)[0] for name in masked}
-    if len(units) == 1:
-        stop(f"all {len(names)} images belong to one patient, {units[0]}: nothing is left to test "
-             "on. NAME_slice_03 means a slice of patient NAME; rename what is a separate image.")
-    for a, b in itertools.combinations(lists, 2):
-        if both := sorted(set(lists[a]) & set(lists[b])):
-            stop(f"{some(both)}: in {a}.txt and in {b}.txt. A patient may be in one list only.")
-    listed = set().union(*lists.values())
-    order = np.random.default_rng(split_seed).permutation(units).tolist()
-    free, split = [u for u in order if u in with_mask - listed], {}
+    lists = read_lists(folder, items)
+    listed = {items[i].unit for numbers in lists.values() for i in numbers}
+    units = sorted({item.unit for item in items})
+    masked = {item.unit for item in items if item.mask is not None}
+    order = np.random.default_rng(seed).permutation(units).tolist()
+    free = [unit for unit in order if unit in masked and unit not in listed]
+    images = {"train": [], "val": [], "test": []} | lists
     for part, share in (("val", 0.1), ("test", 0.2)):
-        count = 0 if part in lists else max(1, round(share * len(with_mask)))
-        split[part], free = sorted(lists.get(part, free[:count])), free[count:]
-    train = set(lists.get("train", free)) | set(units) - with_mask - listed
-    candidates = [unit for unit in order if unit in train & with_mask]
-    for part, found in (("validation", split["val"]), ("test", split["test"]),
-                        ("training", candidates)):
-        if not with_mask & set(found):
-            stop(f"no {part} units with masks are left: {len(with_mask)} units have masks, "
+        if part not in lists:
+            count = max(1, round(share * len(masked)))
+            taken, free = set(free[:count]), free[count:]
+            images[part] = [i for i, item in enumerate(items) if item.unit in taken]
+    if "train" not in lists:
+        images["train"] = [i for i, item in enumerate(items) if item.unit in free]
+    for i, item in enumerate(items):
+        if item.unit not in masked and item.unit not in listed:
+            images["train"].append(i)
+
+    for part, numbers in images.items():
+        if not any(items[i].mask is not None for i in numbers):
+            name = {"train": "training", "val": "validation", "test": "test"}[part]
+            stop(f"no {name} units with masks are left: {len(masked)} units have masks, "
                  f"{len(listed)} are in lists. Annotate more, or change the lists: each needs one.")
-    if labeled is None and len(with_mask) == len(units):
-        stop("--labeled is needed, since all images have masks: 10%, 7 units, or a file of ids.")
-    split["labeled"] = choose_labeled(labeled or "100%", candidates, names)
-    split["unlabeled"] = sorted(train - set(split["labeled"]))
+    if labeled is None:
+        if all(item.mask is not None for item in items):
+            stop("--labeled is needed, since all images have masks: 10%, 7 units, or a file of "
+                 "ids.")
+        labeled = "100%"
+    train = sorted(images["train"])
+    candidates = [i for i in train if items[i].mask is not None]
+    candidate_units = {items[i].unit for i in candidates}
+    train_order = [unit for unit in order if unit in candidate_units]
+    split = {"labeled": choose_images(labeled, train_order, candidates, items, "--labeled",
+                                      "training units with masks")}
+    chosen = set(split["labeled"])
+    split["unlabeled"] = [i for i in train if i not in chosen]
+    for part in ("val", "test"):
+        split[part] = [i for i in images[part] if items[i].mask is not None]
     return split
 
 
-def find_files(data, args):
-    """Fill in a Data object's names, files and split, without opening an image."""
-    root, data.phantom, lists = Path(args.data), None, {}
-    if args.data == "phantom":
-        args.labeled = args.labeled or "10%"
-        names, *data.phantom, lists = phantom(args.size)
-        images = masks = dict.fromkeys(names)
-    else:
-        images, masks = list_files(root / "images"), list_files(root / "masks", MASK_SUFFIX)
-        layout = ("Expected PATH/images/NAME.png and PATH/masks/NAME.png, with the endings "
-                  f"{' '.join(ENDINGS)}; see README, Your own data.")
-        if not images:
-            place = root / "images" if (root / "images").is_dir() else root
-            listed = some(sorted(os.listdir(place))) if root.is_dir() else "no such folder"
-            stop(f"--data: no {'folder ' * (place == root)}images in {place} (found: "
-                 f"{listed or 'nothing'}). {layout}")
-        if orphans := [path.name for name, path in masks.items() if name not in images]:
-            stop(f"--data: {len(orphans)} masks have no image of their name: {some(orphans)}; "
-                 f"images are {some(images)}. {layout}")
-        for part in ("train", "val", "test"):
-            if (root / f"{part}.txt").is_file():
-                lists[part] = read_ids(root / f"{part}.txt", images)
-    data.name = root.resolve().name
-    data.names, data.image_files = list(images), list(images.values())
-    data.mask_files = [masks.get(name) for name in images]
-    data.has_mask = [name in masks for name in images]
-    data.units, data.volumes_of, _ = zip(*map(parse_name, data.names), strict=True)
-    data.split = make_split(data.names, masks, lists, args.labeled, args.split_seed)
-    args.labeled = args.labeled or "100%"
-    text = json.dumps(data.split, sort_keys=True)
-    data.split_hash = hashlib.sha256(text.encode()).hexdigest()[:8]
+# --- Pixels ---------------------------------------------------------------------------------------
+
+MAX_CLASS = 31  # a larger number in a mask is no class number (but 255 in a binary mask is class 1)
 
 
-# --- Decoding, once -------------------------------------------------------------------------------
+def read_picture(path, mask):
+    """What Pillow reads: (H, W) or (H, W, 3). Of a palette: colours; of a mask's: numbers.
+
+    A mask with a palette of which it uses black and white alone is read as colours, too.
+    """
+    with Image.open(path) as image:
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1 and image.format != "MPO":  # a camera's MPO holds one photograph twice
+            raise ValueError(f"{pages} pages in a file; expected one file a slice")
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # 16 or 32 bits, or float
+            return np.asarray(image)
+        if image.mode in ("1", "L", "LA"):
+            return np.asarray(image.convert("L"))
+        colours = np.asarray(image.convert("RGB"))
+        black_and_white = not np.ptp(colours, 2).any() and not (colours % 255).any()
+        if mask and image.mode == "P" and not black_and_white:
+            return np.asarray(image)
+        return colours
+
 
 def read_pixels(path, mask=False):
-    """(H, W) or (H, W, 3) as stored; of palettes the colours, in masks (if not 0/255) indices."""
+    """An image file -> (H, W) or (H, W, 3) as stored. ValueError: what is wrong with the file."""
     try:
         if path.suffix.lower() == ".npy":
             array = np.load(path, allow_pickle=False)
         else:
-            with Image.open(path) as image:
-                if getattr(image, "n_frames", 1) > 1:
-                    raise ValueError(f"{image.n_frames} pages in a file; expected one file a slice")
-                grey = "L" if image.mode in ("1", "L", "LA") else "RGB"
-                array = np.asarray(image.convert(image.mode if image.mode[0] in "IF" else grey))
-                if mask and image.mode == "P" and (np.ptp(array, 2).any() or (array % 255).any()):
-                    array = np.asarray(image)
-        if array.ndim < 2 or not array.size or array.shape[2:] not in ((), (1,), (3,), (4,)):
+            array = read_picture(path, mask)
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[..., 0]
+        if not array.size or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
             raise ValueError(f"an array of shape {array.shape}; expected (H, W) or (H, W, 3)")
         if array.dtype.kind not in "buif" or not np.isfinite(array).all():
             raise ValueError(f"values of type {array.dtype} or not finite; expected numbers")
-        array = array.astype(np.uint8) * 255 if array.dtype == bool else array
     except Exception as error:  # Pillow and NumPy raise a dozen types on damaged files
         problem = f"{path.name}: cannot be used ({type(error).__name__}: {error})"
         raise ValueError(problem) from None
-    return array if array.ndim == 2 else array[..., 0] if array.shape[2] == 1 else array[..., :3]
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    return array
 
 
-def read_volume(paths, bad):
-    """{path: image, (H, W) or (H, W, 3) uint8} of a volume; what cannot be read is told to `bad`.
+def to_bytes(arrays):
+    """A volume's images -> uint8: others are scaled together by their 0.5-99.5 percentiles."""
+    if all(array.dtype == np.uint8 for array in arrays):
+        return list(arrays)
+    values = np.concatenate([array.ravel() for array in arrays]).astype(float)
+    low, high = np.percentile(values, [0.5, 99.5])
+    scaled = [(array - low) / max(high - low, 1e-12) * 255 for array in arrays]
+    return [array.clip(0, 255).astype(np.uint8) for array in scaled]
+
+
+def read_volume(paths):
+    """A volume's image files -> {path: (H, W) or (H, W, 3) uint8}, [what is wrong with others].
 
     8-bit images stay as they are, others are scaled together by their 0.5-99.5 percentiles.
     """
-    arrays = {}
+    arrays, bad = {}, []
     for path in paths:
         try:
             arrays[path] = read_pixels(path)
         except ValueError as error:
             bad.append(str(error))
-    if any(array.dtype != np.uint8 for array in arrays.values()):
-        values = np.concatenate([array.ravel() for array in arrays.values()]).astype(float)
-        low, high = np.percentile(values, [0.5, 99.5])
-        for path, array in arrays.items():
-            scaled = (array - low) / max(high - low, 1e-12) * 255
-            arrays[path] = scaled.clip(0, 255).astype(np.uint8)
-    return arrays
+    deep = [path.name for path, array in arrays.items() if array.dtype != np.uint8]
+    shallow = [path.name for path, array in arrays.items() if array.dtype == np.uint8]
+    if deep and shallow:
+        for path in [path for path in arrays if path.name in shallow]:
+            bad.append(f"{path.name}: 8 bits, but {deep[0]} of the same volume has more; save all "
+                       "slices of a volume alike")
+            del arrays[path]
+    return dict(zip(arrays, to_bytes(arrays.values()), strict=True)), bad
 
 
 def read_mask(path):
-    """A mask -> class numbers (H, W) uint8 and "binary" (0/255, cut at 127), "classes", "empty"."""
-    array, lossy = read_pixels(path, mask=True), path.suffix.lower() in (".jpg", ".jpeg")
-    if array.ndim == 3 and np.ptp(array, 2).any() and not lossy:
-        raise ValueError(f"{path.name}: a mask in colours; expected class numbers, or 0 and 255")
-    array = array[..., 0] if array.ndim == 3 else array
-    values = np.unique(array)
-    near_ends = (values <= MAX_CLASS) | (values >= 255 - MAX_CLASS)
-    if lossy or (MAX_CLASS < values[-1] <= 255 and near_ends.all()):
-        return (array > 127).astype(np.uint8), "binary" if values[-1] > 127 else "empty"
-    if values[0] < 0 or values[-1] > MAX_CLASS or (values % 1).any():
-        raise ValueError(f"{path.name}: mask values {some([f'{v:g}' for v in values])}; expected "
-                         f"class numbers 0, 1, 2, ... up to {MAX_CLASS}, or 0 and 255")
-    return array.astype(np.uint8), "classes" if values[-1] else "empty"
+    """A mask file -> (H, W) uint8, as stored. ValueError: what is wrong with the file.
 
-
-def cached(args, what, files, count, read, resample):
-    """`count` pictures (N, channels, S, S) uint8, memory-mapped, and (N, 3) height, width, maximum.
-
-    read(bad) yields PIL images and tells the list `bad` what is wrong with files. The cache file
-    is named after the files' names, sizes and times, built aside and renamed.
+    A JPEG, which blurs values, is cut at 127 into 0 and 255.
     """
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(repr(("v5", what, args.size, stats)).encode()).hexdigest()[:20]
-    path, bad = Path(args.cache, key), []
+    array = read_pixels(path, mask=True)
+    lossy = path.suffix.lower() in (".jpg", ".jpeg")
+    if array.ndim == 3:
+        if np.ptp(array, 2).any() and not lossy:
+            raise ValueError(f"{path.name}: a mask in colours; expected class numbers, or 0 and "
+                             "255")
+        array = array[..., 0]
+    if lossy:
+        return np.where(array > 127, 255, 0).astype(np.uint8)
+    if array.min() < 0 or array.max() > 255 or (array % 1).any():
+        values = some([f"{value:g}" for value in np.unique(array)])
+        raise ValueError(f"{path.name}: mask values {values}; expected class numbers 0, 1, 2, ... "
+                         f"up to {MAX_CLASS}, or 0 and 255")
+    return array.astype(np.uint8)
+
+
+def to_class_numbers(mask, binary):
+    """A mask as stored -> class numbers; binary: 255 becomes class 1. ValueError: other values."""
+    if not binary:
+        return mask
+    if (mask % 255).any():
+        raise ValueError(f"values {some(np.unique(mask))} in a mask; visible ones hold 0 and 255")
+    return mask // 255
+
+
+def check_values(files):
+    """{value: the first mask file that holds it} -> are masks binary, 0 and 255? Stops on others.
+
+    All visible masks are looked at together: {0, 255} is binary, {0, 1, 2, ...} are class numbers.
+    """
+    values = sorted(files)
+    if values[-1] == 0:
+        stop("labelled, validation and test masks hold background only; expected 1, 2, ... or "
+             "255.")
+    if set(values) <= {0, 255}:
+        return True
+    if values[-1] <= MAX_CLASS:
+        return False
+    if values[-1] == 255 and values[-2] <= MAX_CLASS:
+        stop(f"masks hold class numbers ({values[-2]} in {files[values[-2]]}) and also 255 (in "
+             f"{files[255]}). If masks are binary, write 0 and 255 in all of them. If 255 marks "
+             "pixels to ignore: that is not supported; write another class there, such as 0.")
+    stop(f"mask values {some(values)} ({values[-1]} in {files[values[-1]]}); expected class "
+         f"numbers 0, 1, 2, ... up to {MAX_CLASS}, or 0 and 255")
+
+
+# --- Cache: images are decoded once, into one file that is then mapped into memory ----------------
+
+def fingerprint(path):
+    """What tells a file from another, or from itself after a change; with a hash of both ends."""
+    status = path.stat()
+    with open(path, "rb") as file:
+        head = file.read(4096)
+        file.seek(max(0, status.st_size - 4096))
+        tail = file.read(4096)
+    ends = hashlib.sha256(head + tail).hexdigest()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, ends
+
+
+def cache_path(what, files, args):
+    """Where the decoded files lie, or will lie: a name made of all that they depend on."""
+    content = ("v6", what, args.size, [fingerprint(path) for path in files])
+    key = hashlib.sha256(repr(content).encode()).hexdigest()[:20]
+    return Path(args.cache, f"{key}.pt")
+
+
+def write_cache(path, tensors):
+    """Save {name: tensor} in a file of its own, then rename: two runs may do this at once."""
+    aside = path.with_name(f"building-{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            with tempfile.TemporaryDirectory("", "building-", path.parent, True) as folder:
-                with open(Path(folder, key), "wb") as file:
-                    for image in tqdm(read(bad), f"decoding {what}", count, leave=False,
-                                      disable=None):
-                        small = np.atleast_3d(image.resize((args.size, args.size), resample))
-                        facts = np.array([image.height, image.width, np.max(image)], np.uint32)
-                        file.write(facts.tobytes() + small.transpose(2, 0, 1).tobytes())
-                if bad:
-                    stop(f"{len(bad)} bad files among the {what}; mend or remove them:\n  "
-                         + some(bad, 10, "\n  "))
-                with contextlib.suppress(PermissionError):  # Windows: another run has it already
-                    os.replace(Path(folder, key), path)
-        rows = np.memmap(path, np.uint8, "r").reshape(count, -1)
-    except (OSError, ValueError) as error:  # ValueError: a file that lost its end in a power cut
-        stop(f"the cache of decoded images, {path.parent}, cannot be used ({error}). Free "
-             "some space, choose another with --cache FOLDER, or delete that one.")
-    return rows[:, 12:].reshape(count, -1, args.size, args.size), rows[:, :12].copy().view("u4")
+        torch.save(tensors, aside)
+        with contextlib.suppress(PermissionError):  # Windows: another run has it open already
+            os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        stop(f"the cache of decoded images, {path.parent}, cannot be written ({error}). Free some "
+             "space, or choose another folder with --cache FOLDER.")
 
 
-def decode(data, hidden):
-    """Fill in a Data object's pixels, from the cache if it has them. Opens visible masks only."""
-    shown = [i for part in ("labeled", "val", "test") for i in data.indices(part)]
-    shown = list(np.flatnonzero(data.has_mask)) if hidden else shown
-    data.label_rows, first = {i: row for row, i in enumerate(shown)}, {}
+def open_cache(path):
+    try:
+        return torch.load(path, mmap=True, weights_only=True)
+    except Exception as error:  # torch.load raises a dozen types
+        stop(f"the cache file {path} cannot be read ({type(error).__name__}). Delete it, it will "
+             "be made again; or choose another folder with --cache FOLDER.")
 
-    def read_images(bad):
-        for _, paths in itertools.groupby(data.image_files, lambda p: parse_name(p.stem)[1]):
-            for path, array in read_volume(paths, bad).items():
-                if array.ndim > first.setdefault("dimensions", array.ndim):
-                    bad.append(f"{path.name}: in colour, the first image is grey; save all alike")
-                yield Image.fromarray(array).convert("RGB" if first["dimensions"] == 3 else "L")
 
-    def read_masks(bad):
-        for i in shown:
-            try:
-                mask, kind = read_mask(path := data.mask_files[i])
-                if mask.shape != data.sizes[i]:
-                    raise ValueError("{}: {} x {} pixels, but its image has {} x {}".format(
-                        path.name, *mask.shape, *data.sizes[i]))
-            except ValueError as error:
-                bad.append(str(error))
-                continue
-            first.setdefault(kind, path.name)
-            if "binary" in first and "classes" in first:
-                stop(f"some masks are binary 0/255 ({first['binary']}), others hold class numbers "
-                     f"({first['classes']}). Write all of them in one of the two ways.")
-            yield Image.fromarray(mask)
+def stop_if_bad(bad, what):
+    if bad:
+        stop(f"{len(bad)} bad files among the {what}; mend or remove them:\n  "
+             + some(bad, 10, "\n  "))
 
-    def read_truth(i):
+
+def read_images(items, size):
+    """All images at size x size: {"pixels": (N, channels, S, S) uint8, "sizes": [(H, W)]}."""
+    volumes = {}
+    for item in items:
+        volumes.setdefault(item.volume, []).append(item.image)
+    pixels, sizes, bad = [], [], []
+    mode = None  # of the first image; grey or colour for all
+    for paths in tqdm(volumes.values(), "decoding images", leave=False, disable=None):
+        arrays, problems = read_volume(paths)
+        bad += problems
+        for path, array in arrays.items():
+            mode = mode or {2: "L", 3: "RGB"}[array.ndim]
+            if mode == "L" and array.ndim == 3:
+                bad.append(f"{path.name}: in colour, the first image is grey; save all alike")
+            image = Image.fromarray(array).convert(mode)
+            sizes.append(array.shape[:2])
+            small = np.array(image.resize((size, size), Image.BILINEAR))
+            if mode == "L":
+                small = small[..., None]  # (S, S, channels)
+            pixels.append(torch.from_numpy(small).movedim(2, 0))
+    stop_if_bad(bad, "images")
+    return {"pixels": torch.stack(pixels), "sizes": sizes}
+
+
+def decode_images(items, args):
+    """-> images (N, channels, S, S) uint8, mapped from the cache; [(H, W)] of the originals."""
+    path = cache_path("images", [item.image for item in items], args)
+    if not path.exists():
+        write_cache(path, read_images(items, args.size))
+    content = open_cache(path)
+    return content["pixels"], content["sizes"]
+
+
+def read_masks(data, visible):
+    """Masks at --size: {"pixels": class numbers (M, S, S) uint8, "binary", "largest" class}."""
+    pixels, files, bad = [], {}, []  # files: {value: the first file that holds it}
+    for i in tqdm(visible, "decoding masks", leave=False, disable=None):
+        path = data.items[i].mask
         try:
-            return read_mask(data.mask_files[i])[0]
-        except ValueError as error:  # of a visible mask it was raised, and told, when decoding
-            stop(f"bad file among the hidden masks: {error}")
+            mask = read_mask(path)
+        except ValueError as error:
+            bad.append(str(error))
+            continue
+        if mask.shape != data.sizes[i]:
+            height, width = data.sizes[i]
+            bad.append(f"{path.name}: {mask.shape[0]} x {mask.shape[1]} pixels, but its image has "
+                       f"{height} x {width}")
+        for value in np.unique(mask).tolist():
+            files.setdefault(value, path.name)
+        small = Image.fromarray(mask).resize((data.args.size, data.args.size), Image.NEAREST)
+        pixels.append(torch.from_numpy(np.array(small)))
+    stop_if_bad(bad, "masks")
+    binary = check_values(files)
+    largest = 1 if binary else max(files)
+    labels = to_class_numbers(torch.stack(pixels), binary)
+    return {"pixels": labels, "binary": binary, "largest": largest}
 
-    if data.phantom:
-        data.images, masks = data.phantom
-        data.sizes, data.labels = [masks.shape[1:]] * len(masks), masks[shown]
-        data.truth, largest = masks.__getitem__, int(masks.max())
-    else:
-        data.images, facts = cached(data.args, "images", data.image_files, len(data.names),
-                                    read_images, Image.BILINEAR)
-        data.sizes = [(h, w) for h, w, _ in facts.tolist()]
-        files = [path for i in shown for path in (data.image_files[i], data.mask_files[i])]
-        labels, facts = cached(data.args, "masks", files, len(shown), read_masks, Image.NEAREST)
-        data.labels, largest = labels[:, 0], int(facts[:, 2].max())
-        data.truth = read_truth
-    data.channels, data.classes = data.images.shape[1], data.args.classes or largest + 1
-    if "cuda" in data.args.device:  # kept on the GPU where they take little of it
-        if data.images.nbytes < torch.cuda.mem_get_info(data.args.device)[0] / 4:
-            data.images = torch.from_numpy(np.array(data.images)).to(data.args.device)
-    known = Path(data.args.data, "classes.txt")  # names for people, one a line, background first
-    text = known.read_text("utf-8", "replace") if known.is_file() else "background"
-    named = [line.strip() for line in text.split("\n") if line.strip()][:data.classes]
-    data.class_names = named + [f"class {c}" for c in range(len(named), data.classes)]
-    for volume, indices in [*data.volumes("val").items(), *data.volumes("test").items()]:
-        if len(found := {data.sizes[i] for i in indices}) > 1:
-            stop(f"the slices of {volume} differ in size: {some(found)}. Expected one size.")
-    if largest == 0:
-        stop("labelled, validation and test masks hold background only; expected 1, 2, ... or 255.")
-    if largest >= data.classes:
-        stop(f"--classes {data.classes}, but the masks hold class {largest}. Expected at least "
+
+def decode_masks(data, visible):
+    """-> {image number: mask (S, S) uint8}, are masks binary?, number of classes."""
+    for part in ("val", "test"):
+        for volume, indices in data.volumes(part).items():
+            sizes = sorted({data.sizes[i] for i in indices})
+            if len(sizes) > 1:
+                stop(f"the slices of {volume} differ in size: {some(sizes)}. Expected one size.")
+    files = []
+    for i in visible:
+        files += [data.items[i].image, data.items[i].mask]
+    path = cache_path("masks", files, data.args)
+    if not path.exists():
+        write_cache(path, read_masks(data, visible))
+    content = open_cache(path)
+    labels = dict(zip(visible, content["pixels"], strict=True))
+    largest = content["largest"]
+    classes = data.args.classes or largest + 1
+    if largest >= classes:
+        stop(f"--classes {classes}, but the masks hold class {largest}. Expected at least "
              f"{largest + 1}.")
+    return labels, content["binary"], classes
 
 
-def boxes_of(mask):
-    """Class numbers (H, W) -> [(c, cx, cy, w, h)], a box for each 4-connected region but of 0."""
-    start, (h, w), boxes = np.ones(mask.shape, bool), mask.shape, []
-    start[:, 1:] = mask[:, 1:] != mask[:, :-1]  # a run of equal pixels along a row starts
-    run = start.cumsum().reshape(h, w) - 1
-    touch = (mask[1:] == mask[:-1]) & (start[1:] | start[:-1])  # a run touches one in the next row
-    a, b, region = run[:-1][touch], run[1:][touch], np.arange(run.max() + 1)
-    while (region[a] != region[b]).any():  # the smallest number of a region spreads
-        low = np.minimum(region[a], region[b])
-        np.minimum.at(region, region[a], low)
-        np.minimum.at(region, region[b], low)
-        region = region[region]
-    region = region[run]
-    for number in np.unique(region[mask > 0]):
-        y, x = np.nonzero(region == number)
-        x0, x1, y0, y1 = x.min() / w, (x.max() + 1) / w, y.min() / h, (y.max() + 1) / h
-        boxes.append((int(mask[y[0], x[0]]), (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
-    return boxes
+# --- Phantom: an ordinary dataset folder of drawn, cardiac-like slices ----------------------------
+
+def texture(rng, scale, size):
+    """Smooth noise (size, size): `scale` x `scale` normal numbers, interpolated."""
+    coarse = Image.fromarray(rng.normal(size=(scale, scale)).astype(np.float32))
+    return np.asarray(coarse.resize((size, size), Image.BICUBIC))
 
 
-def read_boxes(path, kind, classes):
-    """boxes/NAME.txt or tags/NAME.txt -> [(c, cx, cy, w, h)]; a tag is a box around everything."""
-    boxes, form = [], {"boxes": "class cx cy w h", "tags": "class"}[kind]
-    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
-        words = line.split()
-        for row in [[word, *WHOLE] for word in words] if kind == "tags" else filter(None, [words]):
-            try:
-                c, cx, cy, w, h = int(row[0]), *map(float, row[1:])
-            except ValueError:
-                stop(f"{path}, line {number}: {line!r}; expected: {form}")
-            if not 0 < c < classes:
-                stop(f"{path}, line {number}: class {c}; expected 1 to {classes - 1}, as in masks"
-                     + (". YOLO counts from 0? add 1" if c == 0 else " (--classes gives more)"))
-            if not (-1e-3 < cx - w / 2 < cx + w / 2 < 1.001 > cy + h / 2 > cy - h / 2 > -1e-3):
-                stop(f"{path}, line {number}: {line!r}: the box is empty or leaves the image; "
-                     f"expected {form}, from 0 to 1, shares of the image's width and height")
-            boxes.append((c, cx, cy, w, h))
-    return boxes
+def draw_slice(rng, patient, x, y, radius, wall, level):
+    """Image and mask (size, size) uint8 of one slice; classes as in ACDC: 1 right ventricle,
+    2 myocardium, 3 left ventricle."""
+    size = len(x)
+    u = (x - patient["cx"]) * math.cos(patient["turn"])
+    u = (u + (y - patient["cy"]) * math.sin(patient["turn"])) * patient["aspect"]
+    v = (y - patient["cy"]) * math.cos(patient["turn"])
+    v = v - (x - patient["cx"]) * math.sin(patient["turn"])
+    distance = np.hypot(u, v) * (1 + 0.06 * texture(rng, 5, size))
+    side = np.hypot((u + radius + wall) / 1.15, v / 1.25) * (1 + 0.06 * texture(rng, 5, size))
+    mask = np.where(side < radius * (1.0 - 0.1 * level), 1, 0)
+    mask = np.where(distance < radius + wall, 2, mask)
+    mask = np.where(distance < radius, 3, mask)
+    image = patient["fat"] * 0.35 + 0.08 * texture(rng, 7, size)
+    for bx, by, a, b, brightness in patient["distractors"]:
+        image = np.where(np.hypot((x - bx) / a, (y - by) / b) < 1, brightness, image)
+    blood, muscle = patient["blood"], patient["muscle"]
+    image = np.choose(mask, [image, blood * 0.95, muscle, blood])
+    image = image + 0.06 * texture(rng, size // 4, size)
+    image = image + patient["slope"][0] * x + patient["slope"][1] * y  # bias field
+    image = np.clip(image, 0.01, 1) ** patient["gamma"] + rng.normal(size=(size, size)) * 0.05
+    return (image.clip(0, 1) * 255).astype(np.uint8), mask.astype(np.uint8)
 
 
-def annotations(data, kind, spec):
-    """Boxes or tags: those of PATH/kind, and for `spec` of the hidden units derived from masks.
+def draw_patient(rng):
+    """What all slices of a patient share: pose, shape, contrast, bias field, distractors."""
+    ranges = {"cx": (-0.2, 0.2), "cy": (-0.2, 0.2), "turn": (-0.6, 0.6), "radius": (0.24, 0.36),
+              "wall": (0.09, 0.15), "aspect": (0.8, 1.25), "blood": (0.6, 0.95),
+              "muscle": (0.25, 0.5), "fat": (0.1, 0.8), "gamma": (0.6, 1.6)}
+    low, high = zip(*ranges.values(), strict=True)
+    patient = dict(zip(ranges, rng.uniform(low, high).tolist(), strict=True))
+    patient["slope"] = rng.normal(size=2) * 0.25
+    patient["distractors"] = []
+    for _ in range(7):
+        centre, radii = rng.uniform(-0.9, 0.9, 2), rng.uniform(0.08, 0.25, 2)
+        patient["distractors"].append((*centre, *radii, rng.uniform(0.1, 0.95)))
+    return patient
 
-    -> {image number: [(c, cx, cy, w, h)] in shares of width and height}; a tag is a box around
-    everything. Call data.decode() first. Of hidden masks, only those of `spec` are opened.
+
+def draw_phantom(folder, size, patients=48, seed=0):
+    """Draw the phantom into a folder, unless it is there: two frames of four slices a patient.
+
+    The last 18 patients are for validation (6) and test (12). -> the folder's name.
     """
-    found, number = {}, {name: i for i, name in enumerate(data.names)}
-    for path in [] if data.phantom else sorted(Path(data.args.data, kind).glob("[!.]*.txt")):
-        if path.stem not in number or not path.is_file():
-            stop(f"{path}: no image has this name, or it is no file. Rename or remove it.")
-        found[number[path.stem]] = read_boxes(path, kind, data.classes)
-    hidden = [i for i in data.indices("unlabeled") if data.has_mask[i]]
-    order, has = np.random.default_rng(data.args.split_seed), {data.units[i] for i in hidden}
-    units = [u for u in order.permutation(sorted(set(data.units))).tolist() if u in has]
-    units = units[::-1] if kind == "tags" else units  # from the other end: few have both
-    units = choose_labeled(spec, units, data.names, f"--{kind}", "hidden units") if spec else []
-    chosen = set(units)
-    hidden = [i for i in hidden if data.units[i] in chosen]
-    for i in tqdm(hidden, f"reading masks for {kind}", leave=False, disable=None):
-        mask = data.truth(i)
-        if mask.max() >= data.classes:
-            stop(f"the mask of {data.names[i]} holds class {mask.max()}. Give --classes.")
-        tags = [(int(c), *WHOLE) for c in np.unique(mask[mask > 0])]
-        found.setdefault(i, tags if kind == "tags" else boxes_of(mask))
-    return found
-
-
-def phantom(size, patients=48, seed=0):
-    """Cardiac-like slices: names, images (N, 1, size, size), masks (N, size, size) uint8, lists.
-
-    Classes as in ACDC: 1 right ventricle, 2 myocardium, 3 left ventricle; two frames of four slices
-    a patient. Patients differ in pose, shape, contrast, bias field, texture and distractors.
-    """
+    if folder.exists():
+        return str(folder)
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
-    names, images, masks = [], [], []
-
-    def texture(scale):
-        coarse = Image.fromarray(rng.normal(size=(scale, scale)).astype(np.float32))
-        return np.asarray(coarse.resize((size, size), Image.BICUBIC))
-
-    for patient in range(patients):
-        cx, cy, turn, radius, wall, aspect, blood, muscle, fat, gamma = rng.uniform(
-            [-0.2, -0.2, -0.6, 0.24, 0.09, 0.8, 0.6, 0.25, 0.1, 0.6],
-            [0.2, 0.2, 0.6, 0.36, 0.15, 1.25, 0.95, 0.5, 0.8, 1.6]).tolist()
-        slope = rng.normal(size=2) * 0.25
-        blobs = [(*rng.uniform(-0.9, 0.9, 2), *rng.uniform(0.08, 0.25, 2), rng.uniform(0.1, 0.95))
-                 for _ in range(7)]
-        u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) * aspect
-        v = (y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)
-        for frame, squeeze in ((1, 1.0), (2, rng.uniform(0.6, 0.8))):
-            for level in range(4):
-                r, thick = radius * squeeze * (1 - 0.17 * level), wall * (1.5 - 0.5 * squeeze)
-                distance = np.hypot(u, v) * (1 + 0.06 * texture(5))
-                side = np.hypot((u + r + thick) / 1.15, v / 1.25) * (1 + 0.06 * texture(5))
-                mask = np.where(side < r * (1.0 - 0.1 * level), 1, 0)
-                mask = np.where(distance < r, 3, np.where(distance < r + thick, 2, mask))
-                image = fat * 0.35 + 0.08 * texture(7)
-                for bx, by, a, b, value in blobs:
-                    image = np.where(np.hypot((x - bx) / a, (y - by) / b) < 1, value, image)
-                image = np.choose(mask, [image, blood * 0.95, muscle, blood])
-                image = image + 0.06 * texture(size // 4) + slope[0] * x + slope[1] * y
-                image = np.clip(image, 0.01, 1) ** gamma + rng.normal(size=(size, size)) * 0.05
-                names.append(f"p{patient:02d}_frame{frame:02d}_slice_{level:02d}")
-                images.append((image.clip(0, 1) * 255).astype(np.uint8)[None])
-                masks.append(mask.astype(np.uint8))
-    units = [f"p{patient:02d}" for patient in range(patients)]
-    lists = {"train": units[:-18], "val": units[-18:-12], "test": units[-12:]}
-    return names, np.stack(images), np.stack(masks), lists
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(".tmp", "building-", folder.parent))
+        for part in ("images", "masks"):
+            (aside / part).mkdir()
+        for number in range(patients):
+            patient = draw_patient(rng)
+            for frame, squeeze in ((1, 1.0), (2, rng.uniform(0.6, 0.8))):
+                for level in range(4):
+                    radius = patient["radius"] * squeeze * (1 - 0.17 * level)
+                    wall = patient["wall"] * (1.5 - 0.5 * squeeze)
+                    image, mask = draw_slice(rng, patient, x, y, radius, wall, level)
+                    name = f"p{number:02d}_frame{frame:02d}_slice_{level:02d}.png"
+                    Image.fromarray(image).save(aside / "images" / name)
+                    Image.fromarray(mask).save(aside / "masks" / name)
+        units = [f"p{number:02d}\n" for number in range(patients)]
+        lists = {"train": units[:-18], "val": units[-18:-12], "test": units[-12:]}
+        for part, names in lists.items():
+            (aside / f"{part}.txt").write_text("".join(names))
+        os.rename(aside, folder)
+    except OSError as error:
+        if not folder.exists():  # otherwise a run beside this one was faster
+            stop(f"the phantom cannot be drawn into {folder} ({error}). Free some space, or choose "
+                 "another folder with --cache FOLDER.")
+        shutil.rmtree(aside, ignore_errors=True)
+    return str(folder)
 
 
-# --- Run folder: log, checkpoints, resume, results ------------------------------------------------
+# --- Distances ------------------------------------------------------------------------------------
+
+def surface_points(mask):
+    """Pixels of a bool mask (H, W) or (D, H, W) touching the outside by a face: (N, 3) z, y, x."""
+    padded = np.pad(mask, 1)
+    inner = padded.copy()
+    for axis in range(mask.ndim):
+        inner &= np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
+    surface = padded & ~inner
+    return np.argwhere(surface.reshape(-1, *padded.shape[-2:]))
+
+
+def column_squares(mask):
+    """Squared distance from each pixel (D, H, W) to the nearest True in its column (along H)."""
+    y = np.arange(mask.shape[1])[:, None]
+    above = np.maximum.accumulate(np.where(mask, y, -np.inf), 1)
+    below = np.minimum.accumulate(np.where(mask, y, np.inf)[:, ::-1], 1)[:, ::-1]
+    return np.minimum(y - above, below - y) ** 2
+
+
+def nearest_squares(columns, z, y, x):
+    """Squared distance from the points (z, y[i], x[i]) of one slice to the nearest target: (N,).
+
+    Slices are searched from z outwards, until no farther slice can be nearer.
+    """
+    every_x = np.arange(columns.shape[2])
+    nearest = np.full(len(y), np.inf)
+    for k in sorted(range(len(columns)), key=lambda k: abs(k - z)):
+        if (k - z) ** 2 >= nearest.max():
+            break
+        in_slice = (columns[k, y] + (x[:, None] - every_x) ** 2).min(1)  # (N, W) -> (N,)
+        nearest = np.minimum(nearest, in_slice + (k - z) ** 2)
+    return nearest
+
+
+def distances_to(target, points):
+    """Euclidean distance from each of the points (N, 3) to the nearest target point (M, 3): (N,).
+
+    Exact, an axis at a time: along columns for all pixels of the box that holds both sets, then
+    along rows and slices for the points alone.
+    """
+    low = np.minimum(target.min(0), points.min(0))
+    target, points = target - low, points - low
+    mask = np.zeros(np.maximum(target.max(0), points.max(0)) + 1, bool)  # (D, H, W)
+    mask[tuple(target.T)] = True
+    columns = column_squares(mask)
+    squares = np.empty(len(points))
+    for z in np.unique(points[:, 0]):
+        here = np.flatnonzero(points[:, 0] == z)
+        parts = 1 + len(here) * mask.shape[2] // 2**22  # bounded memory
+        for part in np.array_split(here, parts):
+            squares[part] = nearest_squares(columns, z, points[part, 1], points[part, 2])
+    return np.sqrt(squares)
+
+
+# --- Run: folder, log, checkpoints, resume, results -----------------------------------------------
+
+LOG_EVERY = 20  # steps in a row of log.csv
+
+
+def digest(names):
+    """Eight letters that stand for a list of names."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+
+
+def new_folder(parent, title):
+    """Make parent/title, or title-2, title-3, ... if it exists: no run overwrites another.
+
+    -> the folder, the same one in all processes of a run.
+    """
+    folder = parent / title
+    for n in itertools.count(2):
+        if not is_first():
+            break
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            folder = parent / f"{title}-{n}"
+        except OSError as error:
+            stop(f"--out: {folder} cannot be made ({error}). Choose another folder.")
+    return gather(folder)[0]
+
 
 class Run:
-    """One training run: device and precision, the loop's steps, log, checkpoints and scores."""
+    """One training run: its folder, the loop's steps, log, checkpoints and scores.
 
-    def __init__(self, name, args, data):
-        self.name, self.args, self.data = name, args, data
-        self.labeled = Path(args.labeled).name.removesuffix(".txt")
-        parent, start = Path(args.out, data.name), f"{name}-{self.labeled}-seed{args.seed}"
-        options = sorted((k, re.sub(r"[\\/:]", "_", str(v))) for k, v in args.options.items())
-        title = start + "".join(f"-{k}_{v[-40:]}" for k, v in options)
-        found = sorted(p.name for p in parent.glob("*") if f"{p.name}-".startswith(f"{start}-"))
-        same = [re.fullmatch(re.escape(title) + r"(?:-(\d+))?", folder) for folder in found]
-        numbers = [int(match[1] or 1) for match in same if match]
-        resumed = args.resume and bool(numbers)
-        if args.resume and found and not numbers:
-            stop(f"--resume: no run {title}; there is {some(found)}. Repeat the run's options "
-                 "(only --out, --device and --val-every may change), or leave --resume out.")
-        data.decode()  # before the folder: a dataset that stops leaves none behind
-        self.rank, self.processes = world()
-        try:
-            for n in itertools.count(max(numbers, default=0) + (not resumed)):
-                folder = parent / (title if n == 1 else f"{title}-{n}")
-                with contextlib.suppress(FileExistsError):  # another run may have taken it now
-                    if not self.rank:
-                        folder.mkdir(parents=True, exist_ok=resumed)
-                    break
-            self.folder, self.resumed = self.gather((folder, resumed))[0]
-            split = self.folder / "split.json"
-            old = json.loads(split.read_text())["hash"] if split.exists() else data.split_hash
-        except OSError as error:
-            stop(f"--out {args.out} cannot be written ({error}). Choose another folder.")
-        if old != data.split_hash:
-            stop(f"--resume: {self.folder} has split {old}, the dataset {data.split_hash}. Restore "
-                 "the dataset's files and lists, or leave --resume out.")
-        write_json(split, {"hash": data.split_hash, **data.split})
-        write_json(self.folder / "args.json", vars(args))
-        torch.manual_seed(args.seed + 1000 * self.rank)
-        torch.backends.cudnn.benchmark = True
-        self.device_type = torch.device(args.device).type
-        self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.precision == "fp16")
-        self.first_step, self.best, self.interrupted = 0, -1.0, False
+    file: the method's __file__, after which the run is named. networks: {name: network}. parts:
+    what else a checkpoint holds, the optimizer and the gradient scaler. predict(networks, x) ->
+    {name: probabilities (B, C, H, W)}. headline: the name that the paper deploys.
+    pictures(networks, x) -> further columns of preview.png, {title: images (B, 1 or 3, H, W)}.
+    """
+
+    def __init__(self, file, args, data, networks, parts, predict, headline, pictures):
+        self.file = self.method = Path(file).stem
+        if getattr(args, "supervised", False):
+            self.method = "supervised"
+        self.args, self.data, self.networks, self.parts = args, data, networks, parts
+        self.predict, self.headline, self.pictures = predict, headline, pictures
+        self.labeled = Path(args.labeled or "100%").name.removesuffix(".txt")
+        self.first_step, self.saved_step, self.best = 0, 0, -1.0
+        self.start = time.time()
         self.sums, self.count, self.rows = {}, 0, []
-
-    def gather(self, value):
-        """[value] of this process, or under torchrun of all, by rank."""
-        values = [value] * self.processes
-        if self.processes > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def average(self, tensors):
-        """Under torchrun: replace each tensor by its mean over the processes; else do nothing."""
-        for tensor in tensors if self.processes > 1 else ():
-            dist.all_reduce(tensor)
-            tensor /= self.processes
-
-    def average_statistics(self):
-        """Under torchrun: the mean of the processes' BatchNorm statistics, in all networks."""
-        self.average(buffer for network in self.networks.values() for buffer in network.buffers()
-                     if buffer.is_floating_point())
-
-    def load(self, name):
-        """Load a checkpoint's networks; returns all that it holds."""
-        state = torch.load(self.folder / name, map_location="cpu", weights_only=True)
-        for k, network in self.networks.items():
-            network.load_state_dict(state["networks"][k])
-        return state
-
-    def autocast(self):
-        """Context for the networks' forward passes: bf16 or fp16 on GPUs, float32 elsewhere."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[self.args.precision]
-        return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
-
-    def place(self, networks):
-        """Move {name: network} to the device."""
-        for network in networks.values():
-            # channels-last is faster on CPUs; on MPS BatchNorm's gradient fails with it
-            form = torch.contiguous_format if self.device_type == "mps" else torch.channels_last
-            network.to(self.args.device, memory_format=form)
-            for tensor in network.state_dict().values() if self.processes > 1 else ():
-                dist.broadcast(tensor, 0)  # all processes start alike
-            for module in (network, *network.children()) if self.args.compile else ():
-                module.compile()  # parts, too: a method may call an encoder alone
-        return networks
-
-    def keep(self, networks, optimizers, predict, pictures):
-        """What checkpoints hold and evaluation uses. Prints the set-up; on --resume loads last.pt.
-
-        predict(networks, x) -> {name: probabilities (B, C, H, W)}, the one that the paper deploys
-        first; pictures(networks, x) -> columns of preview.png, as save_sheet takes them.
-        """
-        self.networks, self.predict, self.pictures = networks, predict, pictures
-        data, args = self.data, self.args
-        with evaluating(networks):
-            self.reported = list(predict(networks, data.load_images([0])))
-        self.parts = {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
-        self.parts["scaler"] = self.scaler
-        units = ", ".join(f"{len(data.indices(k))} images of {len(units)} units {k}"
-                          for k, units in data.split.items())
-        print(f"{self.name} on {data.name}: {data.classes} classes; {args.device}, "
-              f"{args.precision}, {torch.get_num_threads()} threads\n{units}; split "
-              f"{data.split_hash}\nlabelled: {some(data.split['labeled'])}\n"
-              f"run folder: {self.folder}")
-        if self.resumed and (self.folder / "last.pt").exists():
-            try:
-                state = self.load("last.pt")
-                self.rows = state["rows"]
-            except Exception as error:  # torch.load raises a dozen types
-                stop(f"--resume: {self.folder}/last.pt cannot be used ({type(error).__name__}: "
-                     f"{str(error)[:200]}). Leave --resume out to start anew.")
-            if len(state["rng"]) != self.processes:
-                stop(f"--resume: the run had {len(state['rng'])} processes, now {self.processes}.")
-            for k, part in self.parts.items():
-                if state[k]:  # {}: a gradient scaler that was off, on another device
-                    part.load_state_dict(state[k])
-            cpu, cuda = state["rng"][self.rank]
-            torch.set_rng_state(cpu)
-            if self.device_type == "cuda" and cuda is not None:
-                torch.cuda.set_rng_state(cuda, args.device)
-            self.first_step, self.best, self.count = state["step"], state["best"], state["count"]
-            self.sums = {k: v.to(args.device) for k, v in state["sums"].items()}
-            for _ in range(state["drawn"]):
-                data.draw()
+        self.split = {}  # {part: image names}
+        for part in ("labeled", "unlabeled", "val", "test"):
+            self.split[part] = [data.items[i].name for i in data.indices(part)]
+        self.split_digest = digest([json.dumps(self.split)])
         if args.resume:
-            what = "continuing" if self.first_step else "no checkpoint yet, starting"
-            print(f"--resume: {what} at step {self.first_step}")
+            self.folder = Path(args.resume)
+            self.check_split()
+            self.load_last()
+        else:
+            self.folder = new_folder(Path(args.out, data.name), self.title())
+            content = {"digest": self.split_digest, **self.split}
+            write_aside(self.folder / "split.json", content, write_json)
+            write_aside(self.folder / "args.json", vars(args), write_json)
+        self.introduce()
+        sys.excepthook = self.explain
 
-    def steps(self, stride=1):
-        """0, stride, ... below --steps, with a progress bar. Ctrl-C ends the run after a turn."""
-        def interrupt(*_):
-            if self.interrupted and self.processes == 1:  # torchrun repeats signals itself
-                raise KeyboardInterrupt
-            self.interrupted = True
+    def title(self):
+        """The folder's name: method, labelled share, seed, each other option off its default."""
+        words = [self.method, self.labeled, f"seed{self.args.seed}"]
+        for option, value in sorted(self.args.options.items()):
+            value = re.sub(r"[\\/:]", "_", str(value))[-40:]
+            words.append(f"{option}_{value}")
+        return "-".join(words)
 
-        first, total, start, self.stride = self.first_step, self.args.steps, time.time(), stride
-        handlers = {}
-        with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
-            handlers = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=total, initial=first, desc=self.name,
-                        disable=True if self.rank else None)  # None: if output is no terminal
-        try:
-            for step in range(first, total, stride):
-                start = time.time() if step <= first + 2 else start
-                hours = (time.time() - start) / 8 * (total - step) / 3600
-                if step == first + 10 and hours > 1:
-                    tqdm.write(f"This run will take about {hours:.1f} hours on this machine. "
-                               "A short one: --size 96 --width 16 --steps 1500", sys.stdout)
+    def introduce(self):
+        """Print what is trained, on what, and where it goes."""
+        data, args = self.data, self.args
+        print(f"{self.method} on {data.name}: {data.classes} classes; {args.device}, "
+              f"{args.precision}, {torch.get_num_threads()} threads")
+        counts = []
+        for part in self.split:
+            counts.append(f"{len(data.indices(part))} images of {len(data.units(part))} units "
+                          f"{part}")
+        print(f"{', '.join(counts)}; split {self.split_digest}")
+        print(f"labelled: {some(data.units('labeled'))}")
+        print(f"run folder: {self.folder}")
+
+    def explain(self, kind, error, trace):
+        """For sys.excepthook: Ctrl-C gets a message, other errors their traceback."""
+        if kind is not KeyboardInterrupt:
+            sys.__excepthook__(kind, error, trace)
+        elif self.saved_step > 0:
+            print(f"\ninterrupted. To continue after step {self.saved_step}, the last checkpoint: "
+                  f"python {self.file}.py --resume {self.folder}")
+        else:
+            print(f"\ninterrupted before the first checkpoint; --resume {self.folder} starts anew")
+
+    def steps(self):
+        """0, 1, ... below --steps, with a progress bar; --resume begins at the checkpoint."""
+        first, total = self.first_step, self.args.steps
+        disable = None if is_first() else True  # None: no bar where the output is no terminal
+        with tqdm(total=total, initial=first, desc=self.method, disable=disable) as self.bar:
+            for step in range(first, total):
+                if step == first + 2:  # the first steps are slower than the others
+                    start = time.time()
+                if step == first + 12:
+                    seconds = (time.time() - start) / 10
+                    minutes = seconds * (total - step) / 60
+                    self.say(f"{seconds:.2g} seconds a step, about {minutes:.0f} minutes to go")
                 yield step
-                self.bar.update(stride)
-        finally:
-            self.bar.close()
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
+                self.bar.update()
 
-    def backward(self, loss):
-        """loss.backward(), scaled where the precision is fp16; under torchrun, mean gradients."""
-        self.scaler.scale(loss).backward()
-        self.average(p.grad for network in self.networks.values() for p in network.parameters()
-                     if p.grad is not None)
-
-    def update(self, optimizer):
-        """optimizer.step(), skipped by the gradient scaler where fp16 overflowed."""
-        self.scaler.step(optimizer)
-        self.scaler.update()
+    def say(self, text):
+        """Print a line, above the progress bar if there is one."""
+        tqdm.write(text, sys.stdout)
 
     def log(self, **terms):
         """Add a step's loss terms and diagnostics (scalars) without waiting for the device."""
-        for k, v in terms.items():
-            self.sums[k] = self.sums.get(k, 0) + torch.as_tensor(v).detach()
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
         self.count += 1
 
     def save(self, step):
-        """End of a step: every 20 a row of log.csv, every --val-every validation and checkpoints.
-        A term that is not finite ends the run, and nothing is saved after that."""
-        args, data, done = self.args, self.data, step + self.stride
-        validate = done % args.val_every < self.stride or done == args.steps
-        write = done % 20 < self.stride or validate
-        if not (write or (self.interrupted and self.processes == 1)):
+        """End of a step. Every 20 steps: a row of log.csv. Every --val-every: validate, checkpoint.
+
+        A term that is not finite ends the run, and nothing is saved after that.
+        """
+        done = step + 1
+        validate = done % self.args.val_every == 0 or done == self.args.steps
+        if done % LOG_EVERY and not validate:
             return
-        self.interrupted = any(self.gather(self.interrupted))
-        row, better = {k: v.item() / self.count for k, v in self.sums.items()}, False
-        for k, value in row.items():
-            if not math.isfinite(value):
-                stop(f"{k} is {value} between steps {done - self.count * self.stride} and {done}; "
-                     f"{self.folder} has the checkpoint before that. Lower --lr.", status=1)
-        self.bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "lam") if k in row},
-                             best=f"{self.best:.1f}")
-        row = {"step": done, **row, "val_dice": ""}
-        if validate or self.interrupted:
-            self.average_statistics()
+        row = {"step": done, **self.mean_terms(done), "val_dice": ""}
+        better = False
         if validate:
-            scores = evaluate(self.predict, self.networks, data, "val", distances=False)
-            dice = {k: s["dice"] or 0.0 for k, s in scores.items()}
-            tqdm.write(f"step {done}/{args.steps}  loss {row['loss']:.3f}  validation Dice "
-                       + ", ".join(f"{k} {d:.1f}" for k, d in dice.items()), sys.stdout)
-            row["val_dice"] = reported = next(iter(dice.values()))
-            better, self.best = reported > self.best, max(reported, self.best)
-        if write:
-            self.rows.append(list(map(str, row.values())))
-            self.sums, self.count = {}, 0
-        lines = "".join(",".join(cells) + "\n" for cells in [list(row), *self.rows])
-        write_aside(self.folder / "log.csv", lambda aside: aside.write_text(lines))
-        if validate or self.interrupted:  # best.pt: what predicting needs, last.pt: what --resume
-            state = {"method": self.name, "step": done, "best": self.best, "size": args.size,
-                     "width": args.width, "channels": data.channels, "classes": data.classes,
-                     "class_names": data.class_names, "reported": self.reported,
-                     "scaling": "8 bit / 255, others by their volume's 0.5 to 99.5 percentiles",
-                     "networks": {k: network.state_dict() for k, network in self.networks.items()}}
-            if better:
-                write_aside(self.folder / "best.pt", lambda aside: torch.save(state, aside))
-            cuda = torch.cuda.get_rng_state(args.device) if self.device_type == "cuda" else None
-            state |= {k: part.state_dict() for k, part in self.parts.items()}
-            state |= {"rng": self.gather((torch.get_rng_state(), cuda)), "sums": self.sums,
-                      "count": self.count, "rows": self.rows, "drawn": data.drawn}
-            write_aside(self.folder / "last.pt", lambda aside: torch.save(state, aside))
-        if self.interrupted:
-            self.bar.close()
-            words, n = shlex.join(word for word in sys.argv if word != "--resume"), self.processes
-            start = f"torchrun --nproc-per-node {n}" if n > 1 else "python"
-            print(f"stopped; saved at step {done}. To continue: {start} {words} --resume")
-            sys.exit(130)
+            row["val_dice"] = self.validate(done, row["loss"])
+            better = row["val_dice"] > self.best
+            self.best = max(row["val_dice"], self.best)
+        self.rows.append(row)
+        self.write_log()
+        if validate:
+            self.write_checkpoints(done, better)
+
+    def mean_terms(self, done):
+        """The logged terms' means since the last row: {name: float}."""
+        means = {}
+        for name, total in self.sums.items():
+            means[name] = total.item() / self.count
+            if not math.isfinite(means[name]):
+                kept = "There is no checkpoint yet."
+                if (self.folder / "last.pt").exists():
+                    kept = f"{self.folder} has the last checkpoint before that."
+                stop(f"{name} is {means[name]} between steps {done - self.count} and {done}. "
+                     f"{kept} Lower --lr.", status=1)
+        self.sums, self.count = {}, 0
+        shown = {name: f"{means[name]:.3f}" for name in ("loss", "lam") if name in means}
+        self.bar.set_postfix(shown, best=f"{self.best:.1f}")
+        return means
+
+    def validate(self, done, loss):
+        """Score the validation units; the Dice of the headline's network."""
+        average_statistics(self.networks)
+        scores = evaluate(self.predict, self.networks, self.data, "val", distances=False)
+        dice = {name: summary["dice"] or 0.0 for name, summary in scores.items()}
+        words = ", ".join(f"{name} {value:.1f}" for name, value in dice.items())
+        self.say(f"step {done}/{self.args.steps}  loss {loss:.3f}  validation Dice {words}")
+        return dice[self.headline]
+
+    def write_log(self):
+        """Write all rows of log.csv again, so that a resumed run has no row twice."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_aside(self.folder / "log.csv", text.getvalue(), write_text)
+
+    def write_checkpoints(self, done, better):
+        """best.pt has what predicting needs, last.pt also what --resume needs."""
+        data, args = self.data, self.args
+        state = {"file": self.file, "method": self.method, "step": done, "headline": self.headline,
+                 "size": args.size, "width": args.width, "channels": data.channels,
+                 "classes": data.classes, "class_names": data.class_names,
+                 "networks": {name: net.state_dict() for name, net in self.networks.items()}}
+        if better:
+            write_aside(self.folder / "best.pt", state, torch.save)
+        random = {"cpu": torch.get_rng_state()}
+        if args.device.startswith("cuda"):
+            random["cuda"] = torch.cuda.get_rng_state(args.device)
+        state["parts"] = [part.state_dict() for part in self.parts]
+        state["random"] = gather(random)
+        state["drawn"] = data.drawn
+        state["rows"] = self.rows
+        state["best"] = self.best
+        state["seconds"] = time.time() - self.start
+        write_aside(self.folder / "last.pt", state, torch.save)
+        self.saved_step = done
+
+    def check_split(self):
+        """--resume: stops if the dataset's split is not the run's any more."""
+        path = self.folder / "split.json"
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))["digest"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            stop(f"--resume: {path} cannot be read ({error!r}). Start a new run.")
+        if saved != self.split_digest:
+            stop(f"--resume: {self.folder} has split {saved}, the dataset now has "
+                 f"{self.split_digest}. Restore the dataset's files and lists.")
+
+    def load_last(self):
+        """--resume: networks, optimizer, random numbers (CPU, CUDA), batches and log of last.pt."""
+        path = self.folder / "last.pt"
+        if not path.exists():
+            print(f"--resume: no checkpoint yet in {self.folder}, starting at step 0")
+            return
+        state = load_checkpoint(path, "--resume")
+        if state["file"] != self.file:
+            stop(f"--resume {self.folder}: a run of {state['file']}.py. Resume it with that file.")
+        for name in ("channels", "classes"):
+            if state[name] != getattr(self.data, name):
+                stop(f"--resume: the run had {state[name]} {name}, the dataset now has "
+                     f"{getattr(self.data, name)}. Restore the dataset's files.")
+        count = processes()[1]
+        if len(state["random"]) != count:
+            stop(f"--resume: the run had {len(state['random'])} processes, now {count}.")
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            if saved:  # {}: a gradient scaler that was off
+                part.load_state_dict(saved)
+        random = my_share(state["random"])[0]
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and self.args.device.startswith("cuda"):
+            torch.cuda.set_rng_state(random["cuda"], self.args.device)
+        for _ in range(state["drawn"]):
+            self.data.draw()
+        self.first_step = self.saved_step = state["step"]
+        self.best, self.rows = state["best"], state["rows"]
+        self.start = time.time() - state["seconds"]
+        print(f"--resume: continuing at step {self.first_step}")
 
     def finish(self):
-        """Score the test units, once, with the best and last networks; write and return results."""
-        data, args = self.data, self.args
-        if self.rank:  # no one waits for the first process, which may have a disk of its own
+        """Score the test units, once, with the last and the best networks; returns the results.
+
+        They are written to results.json, with preview.png beside it, and printed as a table.
+        """
+        if not is_first():  # the first process scores alone
             return {}
-        chosen = examples(data, "val")
-        x = data.load_images(chosen)
-        with evaluating(self.networks):
-            columns = {"image": x, "truth": data.load_labels(chosen)}
-            columns |= {k: p.argmax(1) for k, p in self.predict(self.networks, x).items()}
-            columns |= self.pictures(self.networks, x)
-        save_sheet(self.folder / "preview.png", x, columns)
+        self.write_preview()
+        data, args = self.data, self.args
         last = evaluate(self.predict, self.networks, data, "test")
-        best_step = self.load("best.pt")["step"]
-        best = last  # the same networks, unless an earlier step was better
-        if best_step < args.steps:
-            best = evaluate(self.predict, self.networks, data, "test")
-        name, head = next(iter(last.items()))
-        results = {"method": self.name, "dataset": data.name, "labeled": self.labeled,
-                   "options": args.options, "seed": args.seed, "steps": args.steps,
-                   "split": data.split_hash,
-                   "headline": {"network": name, **{m: head[m] for m in METRICS}},
-                   "best_step": best_step,
-                   "networks": {k: {"best": best[k], "last": last[k]} for k in last}}
-        write_json(self.folder / "results.json", results)
-        print(f"\nTest: {len(data.volumes('test'))} volumes of {len(data.split['test'])} units\n"
-              f"{'network, checkpoint':32}  Dice % Jaccard %  HD95 px ASD px")
-        for k in last:
-            for label, scores in (("last", last[k]), (f"best on val ({best_step})", best[k])):
-                cells = ["n/a" if scores[m] is None else f"{scores[m]:.2f}" for m in METRICS]
-                mark = "  <- headline" * ((k, label) == (name, "last"))
-                print("{:32}{:>8}{:>10}{:>9}{:>7}".format(f"{k}, {label}", *cells) + mark)
-        dice = [f"{c}: {'n/a' if s['dice'] is None else round(s['dice'], 1)}"
-                for c, s in head["classes"].items()]
-        counts = [counts.values() for counts in head["empty"].values()]
-        both, missed, false = map(sum, zip(*counts, strict=True))
-        print(f"Dice by class {', '.join(dice)}. Of {both + false} cases of a class absent from a "
-              f"volume, {both} predicted empty (not scored); {missed} present ones were missed\n"
-              f"results.json, preview.png, log.csv, last.pt and best.pt are in {self.folder}")
-        return results
+        last = {self.headline: last[self.headline]} | last  # first in the table
+        best, best_step = last, args.steps
+        state = load_checkpoint(self.folder / "best.pt", "best.pt")
+        if state["step"] < args.steps:
+            networks = copy.deepcopy(self.networks)  # the last ones stay in place
+            for name, network in networks.items():
+                network.load_state_dict(state["networks"][name])
+            best, best_step = evaluate(self.predict, networks, data, "test"), state["step"]
+        headline = {metric: last[self.headline][metric] for metric in METRICS}
+        device = args.device
+        if device.startswith("cuda"):
+            device = torch.cuda.get_device_name(device)
+        volumes = data.volumes("test")
+        results = {
+            "file": self.file, "method": self.method, "dataset": data.name,
+            "labeled": self.labeled, "seed": args.seed, "options": args.options,
+            "args": vars(args), "split": {part: digest(self.split[part]) for part in self.split},
+            "headline": {"network": self.headline, **headline}, "best_step": best_step,
+            "seconds": round(time.time() - self.start), "device": device,
+            "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+            "units": {volume: data.items[i[0]].unit for volume, i in volumes.items()},
+            "networks": {name: {"last": last[name], "best": best[name]} for name in last}}
+        write_aside(self.folder / "results.json", results, write_json)
+        self.print_results(results)
+        return results | {"folder": str(self.folder)}
+
+    def write_preview(self):
+        """preview.png: some validation images, truth, what each network says, method's pictures."""
+        chosen = examples(self.data, "val")
+        x = self.data.load_images(chosen)
+        columns = {"image": x, "truth": overlay(x, self.data.load_labels(chosen))}
+        with evaluating(self.networks):
+            for name, probs in self.predict(self.networks, x).items():
+                columns[name] = overlay(x, probs.argmax(1))
+            columns |= self.pictures(self.networks, x)
+        save_sheet(self.folder / "preview.png", columns)
+
+    def print_results(self, results):
+        """The table at the end of a run."""
+        data = self.data
+        print(f"\nTest: {len(data.volumes('test'))} volumes of {len(data.units('test'))} units")
+        rows = [["network, checkpoint", "Dice %", "Jaccard %", "HD95 px", "ASD px", ""]]
+        for name, scores in results["networks"].items():
+            for when in ("last", "best"):
+                title = when
+                if when == "best":
+                    title = f"best on val ({results['best_step']})"
+                mark = ""
+                if (name, when) == (self.headline, "last"):
+                    mark = "<- headline"
+                cells = [cell(scores[when][metric]) for metric in METRICS]
+                rows.append([f"{name}, {title}", *cells, mark])
+        print_table(rows)
+        head = results["networks"][self.headline]["last"]
+        for c, scores in head["classes"].items():
+            empty = head["empty"][c]
+            present = len(head["volumes"]) - empty["both"] - empty["truth"]
+            print(f"{data.class_names[int(c)]}: Dice {cell(scores['dice'])}; not found in "
+                  f"{empty['prediction']} of {present} volumes that have it, found in "
+                  f"{empty['truth']} of {empty['both'] + empty['truth']} that do not")
+        print(f"results.json, preview.png, log.csv, last.pt and best.pt are in {self.folder}")
 
 
-# --- Pictures and commands ------------------------------------------------------------------------
+# --- Finished runs --------------------------------------------------------------------------------
+
+class LoadedRun(NamedTuple):
+    """What load_run returns: a checkpoint's content, its networks, and the method's predict."""
+
+    state: dict
+    networks: dict
+    predict: object
+    device: str
+
+
+def load_checkpoint(path, what):
+    """A checkpoint file's content; stops with a message if it is none, or damaged."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "networks" not in state or "headline" not in state:
+            raise ValueError("no checkpoint of this project")
+        for name, weights in state["networks"].items():
+            for key, tensor in weights.items():
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{key} of {name} is not finite")
+    except Exception as error:  # torch.load raises a dozen types on damaged files
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        stop(f"{what}: {path} cannot be used ({reason}). Expected a run folder, or its last.pt or "
+             "best.pt.")
+    return state
+
+
+def load_run(path, device="cpu"):
+    """A run folder or a checkpoint file -> LoadedRun, its networks in evaluation mode.
+
+    The networks are built by the method's file, which must lie beside this one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "last.pt"
+    state = load_checkpoint(path, "run")
+    file = state["file"]
+    if not (file.isidentifier() and Path(__file__).with_name(f"{file}.py").exists()):
+        stop(f"run: {path} was made by {file}.py, which is not here.")
+    method = importlib.import_module(file)
+    built = method.build(state["channels"], state["classes"], state["width"])
+    networks = {}
+    for name, weights in state["networks"].items():
+        networks[name] = built[name].to(device).eval()
+        networks[name].load_state_dict(weights)
+    return LoadedRun(state, networks, method.predict, device)
+
+
+def load_network(path, network):
+    """--init: copy the weights of a run's headline network into this one, if they fit."""
+    state = load_checkpoint(Path(path), "--init")
+    try:
+        network.load_state_dict(state["networks"][state["headline"]])
+    except (KeyError, RuntimeError):  # KeyError: a branch of a network, not a network
+        stop(f"--init {path}: its {state['headline']} has other layers or sizes than this run. "
+             "Expected the U-Net of a run on the same dataset and with the same --width.")
+    print(f"--init: starting from {state['headline']} of {path}")
+
+
+def segment(run, image, network=None):
+    """A LoadedRun and an image (H, W) or (H, W, 3) of any size -> class numbers (H, W) uint8.
+
+    As `predict` writes them. An image that is not uint8 is scaled by its own percentiles.
+    """
+    mode = {1: "L", 3: "RGB"}[run.state["channels"]]
+    size = run.state["size"]
+    [image] = to_bytes([image])
+    small = Image.fromarray(image).convert(mode).resize((size, size), Image.BILINEAR)
+    x = tvf.to_image(small)[None].to(run.device) / 255  # (1, channels, S, S)
+    with torch.no_grad():
+        probs = run.predict(run.networks, x)
+    network = network or run.state["headline"]
+    if network not in probs:
+        stop(f"--network {network}: the run has {', '.join(probs)}.")
+    probs = F.interpolate(probs[network], image.shape[:2], mode="bilinear")
+    return probs.argmax(1)[0].byte().cpu().numpy()
+
+
+# --- Pictures -------------------------------------------------------------------------------------
 
 COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#911eb4", "#46f0f0", "#f032e6"]
+TILE = 160  # pixels of a picture in a sheet
 
 
-def overlay(image, labels):
-    """Image (channels, H, W) in [0, 1] with a label map (H, W) over it -> (3, H, W) uint8."""
-    masks = labels == torch.arange(1, max(1, int(labels.max())) + 1)[:, None, None]
-    return draw_segmentation_masks((image.expand(3, -1, -1) * 255).byte(), masks, 0.5, COLORS * 4)
+def overlay(x, labels):
+    """Images (B, channels, H, W) in [0, 1], label maps (B, H, W) over them: (B, 3, H, W) uint8."""
+    pictures = []
+    for image, label in zip(x.cpu(), labels.cpu(), strict=True):
+        classes = torch.arange(1, max(2, int(label.max()) + 1))
+        masks = label == classes[:, None, None]  # (C - 1, H, W)
+        image = (image.expand(3, -1, -1) * 255).byte()
+        pictures.append(draw_segmentation_masks(image, masks, 0.5, COLORS * 4))
+    return torch.stack(pictures)
+
+
+def heat(values):
+    """Maps (B, H, W), 0 or larger -> grey images (B, 1, H, W), the largest value white."""
+    return (values / values.max().clamp_min(1e-8))[:, None]
 
 
 def examples(data, part):
     """The middle slices of at most four volumes of a part, for pictures: image numbers."""
     volumes = list(data.volumes(part).values())
-    return [v[len(v) // 2] for v in volumes[::max(1, len(volumes) // 4)]][:4]
+    some_volumes = volumes[::max(1, len(volumes) // 4)][:4]
+    return [indices[len(indices) // 2] for indices in some_volumes]
 
 
-def save_sheet(path, x, columns):
-    """A PNG of titled columns about images x (B, channels, H, W): {title: label maps (B, H, W) over
-    x, or heat (B, H, W) float, or other images (B, channels, H, W), or (images, label maps)}."""
+def save_sheet(path, columns):
+    """A PNG of titled columns {title: images (B, 1 or 3, H, W), in [0, 1] or uint8}."""
     tiles = []
-    for column in columns.values():
-        images, labels = column if isinstance(column, tuple) else (x, column)
-        if labels.dim() == 3 and labels.is_floating_point():  # heat, from 0 to its largest value
-            labels = labels[:, None] / labels.amax().clamp_min(1e-8)
-        if labels.dim() == 4:  # images
-            images, labels = labels, torch.zeros_like(labels[:, 0], dtype=torch.long)
-        tiles.append(list(map(overlay, images.cpu(), labels.cpu())))
-    tiles = [F.interpolate(tile[None], (160, 160))[0] for row in zip(*tiles, strict=True)
-             for tile in row]
-    grid = make_grid(tiles, nrow=len(columns), pad_value=255)
+    for images in columns.values():
+        if images.is_floating_point():
+            images = (images * 255).byte()
+        images = images.cpu().expand(-1, 3, -1, -1)
+        tiles.append(F.interpolate(images, (TILE, TILE)))
+    rows = torch.stack(tiles, 1).flatten(0, 1)  # row by row
+    grid = make_grid(rows, nrow=len(columns), pad_value=255)
     sheet = tvf.to_pil_image(F.pad(grid, (0, 0, 40, 0), value=255))
     for i, title in enumerate(columns):
-        ImageDraw.Draw(sheet).text((4 + i * 162, 3), title, "black", ImageFont.load_default(13))
-    write_png(path, sheet)
+        xy = (4 + i * (TILE + 2), 3)
+        ImageDraw.Draw(sheet).text(xy, title, "black", ImageFont.load_default(13))
+    write_aside(path, sheet, write_png)
 
 
-def check(args):
+# --- Tables ---------------------------------------------------------------------------------------
+
+def cell(value):
+    """A number for a table."""
+    if value is None or math.isnan(value):
+        return "n/a"
+    return f"{value:.2f}"
+
+
+def print_table(rows):
+    """Print rows of texts in aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(text) for text in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        words = [row[0].ljust(widths[0])]
+        for text, width in zip(row[1:], widths[1:], strict=True):
+            words.append(text.rjust(width))
+        print("  ".join(words).rstrip())
+
+
+# --- Commands -------------------------------------------------------------------------------------
+
+def print_classes(labels, names):
+    """Of masks (M, S, S): each class's share of pixels, and in how many images it is."""
+    for c in labels.unique().tolist():
+        here = labels == c
+        name = names[c] if c < len(names) else "(no labelled, validation or test mask has it)"
+        print(f"class {c} {name}: {here.float().mean():.2%} of pixels, in "
+              f"{here.flatten(1).any(1).sum()} of {len(labels)} images")
+
+
+def check_data(args):
     """The data doctor: everything about a dataset that a run depends on. Reads hidden masks too."""
     data = Data(args)
-    data.decode(hidden=True)
-    names, labels = data.names, data.labels
-    counts = sum(np.bincount(mask.ravel(), minlength=256) for mask in labels)
-    print(f"{data.name}: {len(names)} images, {len(labels)} with masks, {len(set(data.units))} "
-          f"units (patients or images), {len(set(data.volumes_of))} volumes")
-    for i in sorted({0, len(names) // 2, len(names) - 1}):
-        print(f"  {names[i]}: unit {data.units[i]}, volume {data.volumes_of[i]}")
-    sample, sizes = data.images[::max(1, len(names) // 100)], sorted(set(data.sizes))
-    shares = [f"{c} ({n / counts.sum():.2%} of pixels)" for c, n in enumerate(counts) if n]
-    print(f"sizes: {some([f'{h} x {w}' for h, w in sizes])}; channels: {data.channels}; intensity "
-          f"{sample.min()} to {sample.max()}, mean {sample.mean():.0f}\nclasses: {some(shares)}")
-    for part, units in data.split.items():
+    items = data.items
+    masked = [i for i, item in enumerate(items) if item.mask is not None]
+    labels = read_masks(data, masked)["pixels"]
+    volumes = {item.volume for item in items}
+    units = {item.unit for item in items}
+    print(f"{data.name}: {len(items)} images, {len(masked)} with masks, {len(units)} units "
+          f"(patients or images), {len(volumes)} volumes")
+    for i in sorted({0, len(items) // 2, len(items) - 1}):
+        print(f"  {items[i].name}: unit {items[i].unit}, volume {items[i].volume}")
+    sizes = [f"{h} x {w}" for h, w in sorted(set(data.sizes))]
+    sample = data.images[::max(1, len(items) // 100)]
+    print(f"sizes: {some(sizes)}; channels: {data.channels}; intensity {sample.min()} to "
+          f"{sample.max()}, mean {sample.float().mean():.0f}")
+    print_classes(labels, data.class_names)
+    for part in data.split:
+        units = data.units(part)
         print(f"{part}: {len(units)} units, {len(data.indices(part))} images: {some(units)}")
-    chosen = data.indices("labeled")[::max(1, len(data.indices("labeled")) // 6)][:6]
-    x, path = data.load_images(chosen), Path(args.out) / data.name / "check.png"
-    save_sheet(path, x, {"image": x, "mask": data.load_labels(chosen)})
+    labeled = data.indices("labeled")
+    chosen = labeled[::max(1, len(labeled) // 6)][:6]
+    x = data.load_images(chosen)
+    path = Path(args.out, data.name, "check.png")
+    save_sheet(path, {"image": x, "mask": overlay(x, data.load_labels(chosen))})
     print(f"no problem found; look at {path}")
 
 
-def load_run(path, device, what="run"):
-    """A run folder or a checkpoint file -> (its contents, networks, the method's predict)."""
-    path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        method = {"supervised": "mean_teacher"}.get(state["method"], state["method"])
-        if not (method.isidentifier() and Path(__file__).with_name(f"{method}.py").exists()):
-            raise ValueError(f"made by {method}, which is not here")
-        module = importlib.import_module(method)
-        networks = module.build(state["channels"], state["classes"], state["width"])
-        networks = {k: networks[k].to(device) for k in state["networks"]}
-        for k, network in networks.items():
-            network.load_state_dict(state["networks"][k])
-    except Exception as error:  # torch.load raises a dozen types on damaged files
-        stop(f"{what} {path} cannot be used ({type(error).__name__}: {str(error)[:200]}). Expected "
-             "a run folder, or its last.pt or best.pt.")
-    return state, networks, module.predict
-
-
-def load_network(path, network):
-    """--init: copy the first network of a run that has this one's layers and sizes."""
-    state, found, _ = load_run(path, "cpu", "--init")
-    for name in sorted(found, key=lambda name: name != state["reported"][0]):
-        with contextlib.suppress(RuntimeError):  # another architecture, or other sizes
-            network.load_state_dict(found[name].state_dict())
-            return print(f"--init: starting from {name} of {path}")
-    stop(f"--init {path} holds {some(found)}, none with this run's layers and sizes. Expected the "
-         "U-Net of a run on the same dataset and with the same --width.")
-
-
-def hidden_dice(labels, data):
-    """For --debug-oracle, to print: label maps (N, S, S) against hidden masks, if there are any."""
-    known, found = [i for i in data.unlabeled if data.has_mask[i]], []
-    for i in known:
-        mask = Image.fromarray(data.truth(i)).resize(labels.shape[:0:-1], Image.NEAREST)
-        for c in range(1, data.classes):
-            scores = mask_scores(labels[i] == c, np.asarray(mask) == c, distances=False)
-            found += [scores["dice"]] if scores else []
-    mean = f"{sum(found) / len(found):.2f}" if found else "unknown"
-    return f"Dice of pseudo-labels {mean} ({len(known)} images with hidden masks)"
+def write_prediction(run, image, labels, name, out):
+    """OUT/masks/NAME.png, class numbers, and OUT/overlays/NAME.png, colours with a legend."""
+    write_aside(out / "masks" / f"{name}.png", Image.fromarray(labels), write_png)
+    x = tvf.to_image(Image.fromarray(image))[None] / 255
+    picture = tvf.to_pil_image(overlay(x, torch.from_numpy(labels)[None])[0])
+    names = run.state["class_names"][1:]
+    height, line = picture.height, 16
+    sheet = Image.new("RGB", (max(picture.width, 150), height + line * len(names)))
+    sheet.paste(picture)
+    for i, class_name in enumerate(names):
+        xy, color = (4, height + line * i), COLORS[i % len(COLORS)]
+        ImageDraw.Draw(sheet).text(xy, class_name, color, ImageFont.load_default(12))
+    write_aside(out / "overlays" / f"{name}.png", sheet, write_png)
 
 
 def predict_images(args):
@@ -1276,145 +1850,208 @@ def predict_images(args):
 
     Files that cannot be read are named and skipped; the exit status is then 1.
     """
-    state, networks, predict = load_run(args.run, args.device)
-    source = args.images / "images" if (args.images / "images").is_dir() else args.images
-    files = list(list_files(source).values()) if source.is_dir() else [source] * source.is_file()
+    run = load_run(args.run, choose_device(args.device))
+    source = args.images
+    if (source / "images").is_dir():
+        source = source / "images"
+    files = {}
+    if source.is_dir():
+        files = list_files(source)
+    elif source.is_file():
+        files = {source.stem: source}
     if not files:
         stop(f"--images {args.images}: no images there. Expected files {' '.join(ENDINGS)}.")
-    network = args.network or state["reported"][0]
-    if network not in state["reported"]:
-        stop(f"--network {network}: the run has {', '.join(state['reported'])}.")
-    size, names, bad = (state["size"],) * 2, state["class_names"][1:], []
-    mode = "L" if state["channels"] == 1 else "RGB"
-    flips = [(), (2,), (3,), (2, 3)] if args.tta else [()]
-
-    images = ((path.stem, Image.fromarray(array).convert(mode))
-              for _, paths in itertools.groupby(files, lambda path: parse_name(path.stem)[1])
-              for path, array in read_volume(paths, bad).items())
-    with tqdm(total=len(files), desc="predicting", disable=None) as bar, evaluating(networks):
-        while chunk := list(itertools.islice(images, 16)):
-            x = [tvf.to_image(image.resize(size, Image.BILINEAR)) for _, image in chunk]
-            x = torch.stack(x).to(args.device) / 255
-            probs = sum(predict(networks, x.flip(f))[network].flip(f) for f in flips)
-            for (name, image), p in zip(chunk, probs, strict=True):
-                p = F.interpolate(p[None], image.size[::-1], mode="bilinear")
-                label = p.argmax(1)[0].to(torch.uint8).cpu()
-                picture = tvf.to_pil_image(overlay(tvf.to_image(image) / 255, label))
-                sheet = Image.new("RGB", (max(image.width, 150), image.height + 16 * len(names)))
-                sheet.paste(picture)
-                for c, title in enumerate(names):  # the legend
-                    ImageDraw.Draw(sheet).text((4, image.height + 16 * c), title,
-                                               COLORS[c % len(COLORS)], ImageFont.load_default(12))
-                mask, file = Image.fromarray(label.numpy()), f"{name}.png"
-                write_png(args.out / "masks" / file, mask)
-                write_png(args.out / "overlays" / file, sheet)
+    mark = args.out / "predicted.txt"
+    if (args.out / "masks").exists() and not mark.exists():
+        stop(f"--out {args.out}: there are masks in it that predict did not write. Name another "
+             "folder.")
+    network = args.network or run.state["headline"]
+    volumes = {}
+    for name, path in files.items():
+        volumes.setdefault(parse_name(name)[1], []).append(path)
+    bad = []
+    with tqdm(total=len(files), desc="predicting", disable=None) as bar:
+        for paths in volumes.values():
+            arrays, problems = read_volume(paths)
+            bad += problems
+            for path, image in arrays.items():
+                labels = segment(run, image, network)
+                write_aside(mark, f"predict wrote this with {args.run}\n", write_text)
+                write_prediction(run, image, labels, path.stem, args.out)
                 bar.update()
     print(f"{len(files) - len(bad)} of {len(files)} images segmented by {network} of {args.run}, "
-          f"{state['method']} at step {state['step']}: {args.out}/masks and {args.out}/overlays")
+          f"{run.state['method']} at step {run.state['step']}: {args.out}/masks and "
+          f"{args.out}/overlays")
     if bad:
         stop(f"{len(bad)} files could not be read and were skipped:\n  "
              + some(bad, 10, "\n  "), status=1)
 
 
-def save_strips(rows, out):
-    """For each dataset a picture of the same test images by each row's run of the lowest seed."""
-    for dataset in {key[0] for key in rows}:
-        columns = {}
-        for key in sorted(key for key in rows if key[0] == dataset):
-            run = rows[key][min(rows[key])]
-            if not columns:
-                args = json.loads((run["folder"] / "args.json").read_text()) | {"device": "cpu"}
-                data = Data(argparse.Namespace(**args))
-                data.decode()
-                chosen = examples(data, "test")
-                x = data.load_images(chosen)
-                columns = {"image": x, "truth": data.load_labels(chosen)}
-            state, networks, predict = load_run(run["folder"], "cpu")
-            with evaluating(networks):
-                labels = predict(networks, x)[state["reported"][0]].argmax(1)
-            dice = run["headline"]["dice"]
-            columns[f"{key[-1]}\n{key[2]}, Dice {math.nan if dice is None else dice:.1f}"] = labels
-        save_sheet(out / f"{dataset}.png", x, columns)
+SETTINGS = ("size", "width", "steps", "batch_size", "unlabeled_batch", "lr", "flip", "rotation",
+            "precision")  # a gain is given between runs that share these, data and split
 
 
-def compare(folders, out):
-    """A table of runs as Markdown and CSV, and a strip of test images; see the README."""
-    runs, known, rows = [], {}, {}
+def settings_of(run):
+    """What two runs must share so that their difference is the method's."""
+    settings = {name: run["args"][name] for name in SETTINGS}
+    return settings | {"dataset": run["dataset"]} | run["split"]
+
+
+def row_of(run, differing):
+    """What names and orders a run's row of the table; `differing` names settings to be shown."""
+    words = [run["method"]]
+    for option, value in run["options"].items():
+        if option not in SETTINGS:
+            words.append(f"{option}={value}")
+    for name in differing:
+        words.append(f"{name}={run['args'][name]}")
+    full = run["labeled"] == "100%"
+    return run["dataset"], full, run["labeled"], run["method"] != "supervised", " ".join(words)
+
+
+def read_results(folders):
+    """Load results.json of each folder; name and leave out those without one."""
+    runs = []
     for folder in map(Path, folders):
         try:
-            run, split = (json.loads((folder / name).read_text())
-                          for name in ("results.json", "split.json"))
-            runs.append(run | {"folder": folder, "options": list(run["options"].items())})
-        except (OSError, ValueError, KeyError) as error:  # KeyError: of an earlier version
-            stop(f"{folder} is not the folder of a finished run: {error!r}")
-        for key, value in ((run["dataset"], split["val"] + split["test"]),
-                           ((run["dataset"], run["labeled"]), split["hash"])):
-            first, expected = known.setdefault(key, (folder, value))
-            if value != expected:
-                stop(f"{folder} and {first} have different splits. Compare runs on the same units.")
-    shared = set.intersection(*(set(run["options"]) for run in runs))
-    for run in runs:  # a row is named by the options that not all runs share
-        options = [f"{k}={v}" for k, v in run["options"] if (k, v) not in shared]
-        key = (run["dataset"], run["labeled"] == "100%", run["labeled"],
-               run["method"] != "supervised", " ".join([run["method"], *options]))
-        rows.setdefault(key, {})[run["seed"]] = run
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            dice_by_volume(results)  # these three raise where something is missing
+            settings_of(results)
+            row_of(results, []), results["seed"]
+            runs.append(results | {"folder": folder})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f"{folder}: left out, not the folder of a finished run ({error!r})")
+    if not runs:
+        stop("no finished run among the folders. Expected run folders, such as runs/DATASET/*/")
+    tested = {}
+    for run in runs:
+        part = run["split"]["val"], run["split"]["test"]
+        first = tested.setdefault(run["dataset"], run)
+        if part != (first["split"]["val"], first["split"]["test"]):
+            stop(f"{run['folder']} and {first['folder']} have different validation or test units. "
+                 "Compare runs on the same units.")
+    return runs
 
-    def scores(row):
-        """Dice (seeds, volumes, classes), masked where undefined, in one order of volumes."""
-        heads = [r["networks"][r["headline"]["network"]]["last"]["volumes"] for r in row.values()]
-        return np.ma.masked_invalid([[[(s or {"dice": np.nan})["dice"] for s in head[v].values()]
-                                      for v in sorted(head)] for head in heads])
 
-    def dice(a, chosen):
-        """Mean over chosen volumes (R, V), then over classes, then over seeds: (R,)."""
-        return a[:, chosen].mean(2).mean(2).mean(0).filled(np.nan)
+def dice_by_volume(run):
+    """Test Dice of a run's headline (volumes, classes), NaN where undefined."""
+    volumes = run["networks"][run["headline"]["network"]]["last"]["volumes"]
+    rows = []
+    for volume in sorted(run["units"]):
+        scores = volumes[volume].values()
+        rows.append([math.nan if s is None else s["dice"] for s in scores])
+    return np.array(rows, float)
 
+
+def mean_dice(dice, weights):
+    """Mean over volumes, classes, seeds: (seeds, volumes, classes), weights (R, volumes) -> (R,).
+
+    NaN in dice is left out of the means.
+    """
+    defined = ~np.isnan(dice)
+    total = np.einsum("rv,svc->rsc", weights, np.nan_to_num(dice))
+    count = np.einsum("rv,svc->rsc", weights, defined)
+    by_class = np.ma.masked_array(total, count == 0) / np.maximum(count, 1)
+    return by_class.mean(2).mean(1).filled(np.nan)
+
+
+def gain_of(runs, base):
+    """Gain in Dice of runs over labelled-only runs: "+1.23 (+0.45 to +2.01)".
+
+    In brackets the 95% interval of a paired bootstrap over test units, 2000 samples.
+    """
+    units = sorted(set(runs[0]["units"].values()))
+    unit_of = [units.index(runs[0]["units"][volume]) for volume in sorted(runs[0]["units"])]
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), 2000)  # (R, units)
+    counts = np.concatenate([np.ones((1, len(units))), counts])  # first: each unit once
+    weights = counts[:, unit_of]  # (R + 1, volumes)
+    ours, theirs = (np.stack([dice_by_volume(run) for run in group]) for group in (runs, base))
+    gains = mean_dice(ours, weights) - mean_dice(theirs, weights)
+    low, high = np.nanpercentile(gains[1:], [2.5, 97.5])
+    return f"{gains[0]:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def find_base(run, runs):
+    """The labelled-only runs that a run may be compared with; if there is none, why."""
+    base, reason = [], "no labelled-only run"
+    for other in runs:
+        if other["method"] != "supervised":
+            continue
+        settings, others = settings_of(run), settings_of(other)
+        different = [name for name in settings if settings[name] != others[name]]
+        if different:
+            reason = f"labelled-only: other {', '.join(different)}"
+        else:
+            base.append(other)
+    return base, reason
+
+
+def compare_runs(folders, out):
+    """A table of finished runs, as Markdown and CSV: mean ± standard deviation over seeds.
+
+    Gain: in Dice over the labelled-only runs (--supervised) of the same split and settings.
+    """
+    runs = read_results(folders)
+    differing = [name for name in SETTINGS if len({run["args"][name] for run in runs}) > 1]
+    rows = {}
+    for run in runs:
+        key = (*row_of(run, differing), run["split"]["labeled"])
+        rows.setdefault(key, []).append(run)
     table = [["dataset", "labelled", "method", "seeds", "Dice %", "Jaccard %", "HD95 px", "ASD px",
               "gain in Dice (95% interval)"]]
-    for key, row in sorted(rows.items()):
-        values = np.array([[run["headline"][m] for m in METRICS] for run in row.values()], float)
-        cells = [f"{m:.2f} ± {s:.2f}" if len(row) > 1 else f"{m:.2f}" for m, s in
-                 zip(values.mean(0), values.std(0, ddof=len(row) > 1), strict=True)]
-        base, gain = rows.get((*key[:3], False, "supervised")), ""
-        if base and key[3]:
-            a, b = scores(row), scores(base)
-            chosen = np.random.default_rng(0).integers(a.shape[1], size=(2000, a.shape[1]))
-            low, high = np.nanpercentile(dice(a, chosen) - dice(b, chosen), [2.5, 97.5])
-            every = np.arange(a.shape[1])[None]
-            gain = f"{(dice(a, every) - dice(b, every))[0]:+.2f} ({low:+.2f} to {high:+.2f})"
-        table.append([key[0], key[2], key[4], " ".join(map(str, sorted(row))), *cells, gain])
+    for key in sorted(rows):
+        dataset, _, labeled, _, name, _ = key
+        row = sorted(rows[key], key=lambda run: run["seed"])
+        values = np.array([[run["headline"][m] for m in METRICS] for run in row], float)
+        cells = [cell(mean) for mean in values.mean(0)]
+        if len(row) > 1:
+            cells = [f"{c} ± {s:.2f}" for c, s in zip(cells, values.std(0, ddof=1), strict=True)]
+        gain = ""
+        if row[0]["method"] != "supervised":
+            base, gain = find_base(row[0], runs)
+            if base:
+                gain = gain_of(row, base)
+        seeds = " ".join(str(run["seed"]) for run in row)
+        table.append([dataset, labeled, name, seeds, *cells, gain])
+    write_table(table, out)
+
+
+def write_table(table, out):
+    """comparison.md and comparison.csv; printed as Markdown, too."""
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|-" * len(table[0]) + "|")
-    text, cells = "\n".join(lines) + "\n", io.StringIO()
+    text = "\n".join(lines) + "\n"
+    cells = io.StringIO()
     csv.writer(cells, lineterminator="\n").writerows(table)
-    write_aside(out / "comparison.md", lambda aside: aside.write_text(text, "utf-8"))
-    write_aside(out / "comparison.csv", lambda aside: aside.write_text(cells.getvalue(), "utf-8"))
-    print("\n".join(lines))
-    save_strips(rows, out)
-    print(f"comparison.md, comparison.csv and a picture of each dataset are in {out}")
+    print(text, end="")
+    write_aside(out / "comparison.md", text, write_text)
+    write_aside(out / "comparison.csv", cells.getvalue(), write_text)
+    print(f"comparison.md and comparison.csv are in {out}")
+
+
+COMMANDS = "check, phantom, predict, compare"
 
 
 def main(argv=None):
-    command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    """python common.py COMMAND ...: see COMMANDS."""
+    words = sys.argv[1:] if argv is None else argv
+    command, rest = (words or ["--help"])[0], words[1:]
     p = argparse.ArgumentParser(f"common.py {command}")
     add = p.add_argument
     if command == "check":
-        args = parse(parser(check.__doc__), argv)
-        args.labeled, args.device = args.labeled or "", "cpu"  # "": all masks, but on the phantom
-        check(args)
+        args = parse(parser(check_data.__doc__), ["--device", "cpu", *rest])
+        args.labeled = args.labeled or "100%"
+        check_data(args)
     elif command == "phantom":
+        p.description = draw_phantom.__doc__
         add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
-        add("--size", type=number(int, 16), default=64)
-        args = p.parse_args(argv)
+        add("--size", type=number(int, 16), default=64, help="side in pixels (%(default)s)")
+        args = p.parse_args(rest)
         if args.out.exists():
             stop(f"--out {args.out} exists. Name a new folder.")
-        names, images, masks, lists = phantom(args.size)
-        for part, arrays in (("images", images[:, 0]), ("masks", masks)):
-            for name, array in zip(names, arrays, strict=True):
-                write_png(args.out / part / f"{name}.png", Image.fromarray(array))
-        for part, units in lists.items():
-            (args.out / f"{part}.txt").write_text("\n".join(units) + "\n")
-        print(f"{len(names)} images in {args.out}. Try:\n"
+        draw_phantom(args.out, args.size)
+        print(f"{len(list((args.out / 'images').iterdir()))} images in {args.out}. Try:\n"
               f"python mean_teacher.py --data {args.out} --size {args.size} --width 16 --steps 800 "
               "--labeled 10%")
     elif command == "predict":
@@ -1423,20 +2060,18 @@ def main(argv=None):
         add("--images", type=Path, required=True, metavar="PATH", help="a folder, or one image")
         add("--out", type=Path, required=True, metavar="FOLDER", help="for masks and overlays")
         add("--network", help="which network of the run (default: the one its paper deploys)")
-        add("--tta", action="store_true", help="mean over the image and its three mirror images")
         add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a name")
-        args = p.parse_args(argv)
-        args.device = choose_device(args.device)
-        predict_images(args)
+        predict_images(p.parse_args(rest))
     elif command == "compare":
-        p.description = compare.__doc__
+        p.description = compare_runs.__doc__
         add("runs", nargs="+", metavar="RUN", help="folders of finished runs")
-        add("--out", type=Path, default="comparison", metavar="FOLDER")
-        args = p.parse_args(argv)
-        compare(args.runs, args.out)
-    else:
+        add("--out", type=Path, default="comparison", metavar="FOLDER", help="(%(default)s)")
+        args = p.parse_args(rest)
+        compare_runs(args.runs, args.out)
+    elif command in ("-h", "--help"):
         print(__doc__)
-        sys.exit(0 if command in ("-h", "--help") else 2)
+    else:
+        stop(f"unknown command {command}. Expected one of {COMMANDS}.")
 
 
 if __name__ == "__main__":

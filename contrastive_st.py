@@ -54,10 +54,14 @@ from common import (
     Data,
     Run,
     UNet,
-    hidden_dice,
+    average_statistics,
+    heat,
     load_network,
+    mixed_precision,
+    overlay,
     parse,
     parser,
+    place,
     poly_decay,
     set_lr,
     strong,
@@ -158,7 +162,7 @@ def build(channels, classes, width):
 
 
 def predict(networks, x):
-    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}, the reported one first."""
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}."""
     return {name: networks[name](x).softmax(1) for name in ("network", "labeler")}
 
 
@@ -175,22 +179,25 @@ def pictures(networks, x):
     masks = F.one_hot(logits.argmax(1), logits.shape[1]).movedim(-1, 1).bool()
     cosine = F.cosine_similarity(z[:, None], class_means(z, masks)[..., None, None], dim=2)
     cosine = cosine.masked_fill(~masks.any(3).any(2)[:, :, None, None], -1)  # absent classes
-    return {"nearest class mean": cosine.argmax(1), "distance to it": 1 - cosine.amax(1)}
+    nearest = overlay(x, cosine.argmax(1))
+    return {"nearest class mean": nearest, "distance to it": heat(1 - cosine.amax(1))}
 
 
 def pseudo_labels(labeler, data, agreement, seed):
     """-> labels (N, S, S) uint8 of the unlabelled images as they are; trusted (N,) bool."""
-    labels = torch.zeros(len(data.names), *data.images.shape[2:], dtype=torch.uint8)
-    trusted, cuda = torch.ones(len(labels), dtype=torch.bool), "cuda" in data.args.device
-    with torch.no_grad(), torch.random.fork_rng([data.args.device] * cuda):
+    labels = torch.zeros(len(data.items), *data.images.shape[2:], dtype=torch.uint8)
+    trusted = torch.ones(len(labels), dtype=torch.bool)
+    gpus = [data.args.device] if data.args.device.startswith("cuda") else []
+    with torch.no_grad(), torch.random.fork_rng(gpus):
         torch.manual_seed(seed)  # the same views after --resume
         for chunk in torch.tensor(data.unlabeled).split(16):
             x = data.load_images(chunk)
             labels[chunk] = labeler(x).argmax(1).byte().cpu()
             if agreement > 0:
-                views = [labeler(strong(x)).argmax(1) for _ in range(2)]
-                trusted[chunk] = dice_agreement(*views, data.classes).cpu() >= agreement
-    return labels.numpy(), trusted
+                label_1, label_2 = labeler(strong(x)).argmax(1), labeler(strong(x)).argmax(1)
+                alike = dice_agreement(label_1, label_2, data.classes).cpu()
+                trusted[chunk] = alike >= agreement
+    return labels, trusted
 
 
 def main(argv=None):
@@ -203,37 +210,40 @@ def main(argv=None):
     add("--init", metavar="FILE", help="start from a run's best.pt or last.pt, without stage 1")
     add("--agreement", type=float, default=0.0,
         help="keep images whose two views' labels have at least this Dice, Eq. (6) (0: all)")
-    add("--debug-oracle", action="store_true", help="print how good labels are, by hidden masks")
     args = parse(options, argv)
-    loss_of = inter_loss if args.matching == "inter" else intra_loss
 
-    # data, run, networks, optimizer
+    # data, networks, optimizer, run
     data = Data(args)
-    run = Run("contrastive_st", args, data)
-    networks = run.place(build(data.channels, data.classes, args.width))
-    network, head, labeler = networks.values()
+    torch.manual_seed(args.seed)
+    networks = place(build(data.channels, data.classes, args.width), args)
+    network, head, labeler = networks["network"], networks["head"], networks["labeler"]
     if args.init:
         load_network(args.init, network)
     parameters = [*network.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
-    run.keep(networks, [optimizer], predict, pictures)
-    first = 0 if args.init else max(1, args.steps // 4)  # [ours] steps of stage 1
-    starts = [first + k * (args.steps - first) // ROUNDS for k in range(ROUNDS + 1)]
-    # with two classes background counts too: Differences, 2
-    classes = torch.arange(0 if data.classes == 2 else 1, data.classes, device=args.device)
+    autocast, scaler = mixed_precision(args)
+    run = Run(__file__, args, data, networks, [optimizer, scaler], predict, "network", pictures)
+    classes = torch.arange(1, data.classes, device=args.device)
+    if data.classes == 2:  # with two classes background counts too: see Differences
+        classes = torch.arange(2, device=args.device)
+    first = max(1, args.steps // 4)  # [ours] steps of stage 1
+    if args.init:
+        first = 0
+    starts = [0, first]  # where stage 1 and the rounds begin
+    for k in range(1, ROUNDS + 1):
+        starts.append(first + k * (args.steps - first) // ROUNDS)
     labels = None
 
     for step in run.steps():
         # new round: the network becomes the labeler, unlabelled images get labels
-        stage = sum(step >= start for start in starts)  # 0 is stage 1, then rounds 1, 2, 3
-        start, end = [0, *starts][stage:stage + 2]
-        if stage and (step == start or labels is None):  # None: --resume within a round
-            if step == start:  # else the labeler came with the checkpoint
-                run.average_statistics()  # under torchrun: the same labels in all processes
-                labeler.load_state_dict(network.state_dict())
+        stage = max(k for k in range(ROUNDS + 1) if step >= starts[k])  # 0: stage 1; then rounds
+        start, end = starts[stage], starts[stage + 1]
+        if stage > 0 and step == start:
+            average_statistics(networks)  # several processes: the same labels in all of them
+            labeler.load_state_dict(network.state_dict())
+            labels = None
+        if stage > 0 and labels is None:  # also if --resume begins within a round
             labels, trusted = pseudo_labels(labeler, data, args.agreement, args.seed + stage)
-            if args.debug_oracle:
-                run.bar.write(f"round {stage}: {hidden_dice(labels, data)}")
 
         # 1 batch
         x_l, y_l, x_u, map_u, index_u = data.batch(labels)
@@ -245,27 +255,34 @@ def main(argv=None):
         # none to make: map_u was made when the round began, and moved with x_u
 
         # 4 losses
-        with run.autocast():
+        with autocast():
             logits_l, z_l = embed(networks, x_ls)
         loss_sup = supervised_loss(logits_l, y_l)
         loss_cont = lam = agreement = trust = torch.zeros(())
-        if stage:  # stage 1 passes no unlabelled image, for BatchNorm's sake
-            with run.autocast():
+        if stage > 0:  # stage 1 passes no unlabelled image, for BatchNorm's sake
+            with autocast():
                 logits_u, z_u = embed(networks, x_us)
-            masks = torch.cat([y_l, map_u])[:, None] == classes[:, None, None]  # (B, K, H, W)
-            masks[len(y_l):] &= trusted[index_u].to(args.device)[:, None, None, None]
-            z = torch.cat([z_l, z_u])
+            mask_l = y_l[:, None] == classes[:, None, None]  # (B_l, K, H, W)
+            mask_u = map_u[:, None] == classes[:, None, None]
+            trusted_u = trusted[index_u].to(args.device)  # (B_u,)
+            mask_u = mask_u & trusted_u[:, None, None, None]
+            z, masks = torch.cat([z_l, z_u]), torch.cat([mask_l, mask_u])
             anchors, found = sample_anchors(z, masks, ANCHORS)
-            loss_cont = loss_of(anchors, found, class_means(z, masks), masks.any(3).any(2), TAU)
-            lam, trust = args.weight, trusted[index_u].float().mean()
+            means, present = class_means(z, masks), masks.any(3).any(2)
+            if args.matching == "inter":
+                loss_cont = inter_loss(anchors, found, means, present, TAU)
+            else:
+                loss_cont = intra_loss(anchors, found, means, present, TAU)
+            lam, trust = args.weight, trusted_u.float().mean()
             agreement = (logits_u.argmax(1) == map_u).float().mean()
         loss = loss_sup + lam * loss_cont  # Eq. (7)
 
         # 5 step
         lr = set_lr(optimizer, args.lr * poly_decay(step - start, end - start))
         optimizer.zero_grad(set_to_none=True)
-        run.backward(loss)
-        run.update(optimizer)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
         # 6 teacher
         # none within a round: the labeler waits for the next one

@@ -48,7 +48,21 @@ import argparse
 import torch
 from torch.nn import functional as F
 
-from common import Data, Run, UNet, parse, parser, poly_decay, set_lr, strong, supervised_loss
+from common import (
+    Data,
+    Run,
+    UNet,
+    heat,
+    mixed_precision,
+    overlay,
+    parse,
+    parser,
+    place,
+    poly_decay,
+    set_lr,
+    strong,
+    supervised_loss,
+)
 
 WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
 BOXES = 3  # [code] boxes of CutMix
@@ -108,17 +122,18 @@ def build(channels, classes, width):
 
 
 def predict(networks, x):
-    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}, the reported one first."""
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}."""
     probs = {name: networks[name](x).softmax(1) for name in ("network 1", "network 2")}
     return probs | {"ensemble": (probs["network 1"] + probs["network 2"]) / 2}
 
 
 def pictures(networks, x):
     """Columns of preview.png: where the networks correct each other, and what CutMix makes."""
-    label_1, label_2 = (networks[name](x).argmax(1) for name in ("network 1", "network 2"))
+    label_1, label_2 = networks["network 1"](x).argmax(1), networks["network 2"](x).argmax(1)
     mask = cutmix_mask(len(x), *x.shape[2:], BOXES, AREA, x.device)
-    return {"disagreement": (label_1 != label_2).float(), "CutMix image": cutmix(x, mask),
-            "its labels by 2": (cutmix(x, mask), cutmix(label_2, mask))}
+    mixed = cutmix(x, mask)
+    return {"disagreement": heat((label_1 != label_2).float()), "CutMix image": mixed,
+            "its labels by 2": overlay(mixed, cutmix(label_2, mask))}
 
 
 def main(argv=None):
@@ -130,14 +145,15 @@ def main(argv=None):
         help="mix unlabelled images [paper]")
     args = parse(options, argv)
 
-    # data, run, networks, optimizer
+    # data, networks, optimizer, run
     data = Data(args)
-    run = Run("cps", args, data)
-    networks = run.place(build(data.channels, data.classes, args.width))
+    torch.manual_seed(args.seed)
+    networks = place(build(data.channels, data.classes, args.width), args)
     network_1, network_2 = networks["network 1"], networks["network 2"]
     parameters = [*network_1.parameters(), *network_2.parameters()]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
-    run.keep(networks, [optimizer], predict, pictures)
+    autocast, scaler = mixed_precision(args)
+    run = Run(__file__, args, data, networks, [optimizer, scaler], predict, "network 1", pictures)
 
     for step in run.steps():
         # 1 batch
@@ -145,16 +161,17 @@ def main(argv=None):
 
         # 2 views
         mask = cutmix_mask(len(x_u), *x_u.shape[2:], BOXES, AREA, x_u.device)  # (B, H, W)
-        mask = mask & args.cutmix  # without CutMix all False
+        if not args.cutmix:
+            mask = torch.zeros_like(mask)  # nothing is mixed
         x_ls, x_us = strong(x_l), strong(cutmix(x_u, mask))
 
         # 3 targets
-        with torch.no_grad(), run.autocast():
+        with torch.no_grad(), autocast():
             label_1, label_2 = network_1(x_u).argmax(1), network_2(x_u).argmax(1)  # (B, H, W)
         label_1, label_2 = cutmix(label_1, mask), cutmix(label_2, mask)
 
         # 4 losses
-        with run.autocast():
+        with autocast():
             logits_l1, logits_u1 = network_1(x_ls), network_1(x_us)
             logits_l2, logits_u2 = network_2(x_ls), network_2(x_us)
         loss_sup = supervised_loss(logits_l1, y_l) + supervised_loss(logits_l2, y_l)
@@ -167,8 +184,9 @@ def main(argv=None):
         # 5 step
         lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))
         optimizer.zero_grad(set_to_none=True)
-        run.backward(loss)
-        run.update(optimizer)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
         # 6 teacher
         # none: each network is the other's

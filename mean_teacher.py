@@ -48,8 +48,11 @@ from common import (
     Data,
     Run,
     UNet,
+    heat,
+    mixed_precision,
     parse,
     parser,
+    place,
     poly_decay,
     ramp_up,
     set_lr,
@@ -107,16 +110,16 @@ def build(channels, classes, width):
 
 
 def predict(networks, x):
-    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}, the reported one first."""
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}."""
     return {name: networks[name](x).softmax(1) for name in ("teacher", "student")}
 
 
 def pictures(networks, x):
     """Columns of preview.png: what is left to teach, and where the teacher is not sure itself."""
-    probs_t, probs_s = predict(networks, x).values()
-    entropy = -torch.xlogy(probs_t, probs_t).sum(1)
-    difference = (probs_s - probs_t).square().mean(1)
-    return {"squared difference": difference, "teacher's entropy": entropy}
+    probs = predict(networks, x)
+    difference = (probs["student"] - probs["teacher"]).square().mean(1)
+    entropy = -torch.xlogy(probs["teacher"], probs["teacher"]).sum(1)
+    return {"squared difference": heat(difference), "teacher's entropy": heat(entropy)}
 
 
 def main(argv=None):
@@ -126,46 +129,48 @@ def main(argv=None):
     add("--weight", type=float, default=5.0, help="λ of L_cons (%(default)s) [ours]")
     add("--supervised", action="store_true", help="labelled-only baseline; headline: the student")
     args = parse(options, argv)
-    reported = predict
-    if args.supervised:  # the loop below has no branch for it; the student is reported
-        args.unlabeled_batch, args.weight = 0, 0.0
-        def reported(networks, x):
-            return dict(reversed(predict(networks, x).items()))
 
-    # data, run, networks, optimizer
+    # data, networks, optimizer, run
     data = Data(args)
-    run = Run("supervised" if args.supervised else "mean_teacher", args, data)
-    networks = run.place(build(data.channels, data.classes, args.width))
+    weight, headline = args.weight, "teacher"
+    if args.supervised:  # labelled images alone; the loop below has no branch for it
+        data.unlabeled_batch, weight, headline = 0, 0.0, "student"
+    torch.manual_seed(args.seed)
+    networks = place(build(data.channels, data.classes, args.width), args)
     student, teacher = networks["student"], networks["teacher"]
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
-    run.keep(networks, [optimizer], reported, pictures)
+    autocast, scaler = mixed_precision(args)
+    run = Run(__file__, args, data, networks, [optimizer, scaler], predict, headline, pictures)
 
     for step in run.steps():
         # 1 batch
         x_l, y_l, x_u, *_ = data.batch()
 
         # 2 views
-        views_s = strong(x_l), strong(x_u)  # η
-        views_t = [x + NOISE * torch.randn_like(x) for x in (x_l, x_u)]  # η', independent of η
+        x_ls, x_us = strong(x_l), strong(x_u)  # η
+        x_lt = x_l + NOISE * torch.randn_like(x_l)  # η', independent of η
+        x_ut = x_u + NOISE * torch.randn_like(x_u)
 
         # 3 targets
-        with torch.no_grad(), run.autocast():
-            probs_t = torch.cat([teacher(x) for x in views_t]).softmax(1)  # (B_l + B_u, C, H, W)
+        with torch.no_grad(), autocast():
+            logits_t = torch.cat([teacher(x_lt), teacher(x_ut)])  # (B_l + B_u, C, H, W)
+        probs_t = logits_t.softmax(1)
 
         # 4 losses
-        with run.autocast():
-            logits_l, logits_u = [student(x) for x in views_s]
-        logits_s = torch.cat([logits_l, logits_u])
+        with autocast():
+            logits_l, logits_u = student(x_ls), student(x_us)
+        logits_s = torch.cat([logits_l, logits_u])  # (B_l + B_u, C, H, W)
         loss_sup = supervised_loss(logits_l, y_l)
         loss_cons = consistency_loss(logits_s.softmax(1), probs_t)
-        lam = args.weight * ramp_up(step, RAMP * args.steps)
+        lam = weight * ramp_up(step, RAMP * args.steps)
         loss = loss_sup + lam * loss_cons  # Eq. (4)
 
         # 5 step
         lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))
         optimizer.zero_grad(set_to_none=True)
-        run.backward(loss)
-        run.update(optimizer)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
         # 6 teacher
         ema_update(teacher, student, ema_decay(step, EMA_DECAY))

@@ -41,6 +41,8 @@ Differences
        unlabelled stream holds no labelled image (at 100% all, and Ŷ is their mask).
 """
 import copy
+import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,9 +53,11 @@ from common import (
     Data,
     Run,
     UNet,
-    annotations,
+    choose_images,
+    mixed_precision,
     parse,
     parser,
+    place,
     poly_decay,
     ramp_up,
     set_lr,
@@ -128,10 +132,13 @@ def allowed_map(size, classes, limits, mask=None):
     allowed = torch.full((size, size), 2**classes - 1, dtype=torch.uint8)
     for boxes in limits:
         inside = torch.ones_like(allowed)  # background
-        for c, *box in boxes:  # all pixels that it touches; [ours] 0.01 pixels are rounding
-            cx, cy, w, h = (size * v for v in box)
-            rows = slice(max(0, int(cy - h / 2 + 0.01)), int(cy + h / 2 + 0.99))
-            inside[rows, max(0, int(cx - w / 2 + 0.01)):int(cx + w / 2 + 0.99)] |= 1 << c
+        for c, cx, cy, w, h in boxes:
+            # all pixels that the box touches; [ours] 0.01 of a pixel is rounding
+            top, left = size * (cy - h / 2) + 0.01, size * (cx - w / 2) + 0.01
+            bottom, right = size * (cy + h / 2) - 0.01, size * (cx + w / 2) - 0.01
+            rows = slice(max(0, math.floor(top)), math.ceil(bottom))
+            columns = slice(max(0, math.floor(left)), math.ceil(right))
+            inside[rows, columns] |= 1 << c
         allowed &= inside
     return allowed
 
@@ -168,20 +175,136 @@ def ema_update(teacher, student, alpha):
 
 # -------------------------------------------------------------------------------------- Annotations
 
+WHOLE = (0.5, 0.5, 1, 1)  # [ours] cx, cy, w, h: a tag is a box around the whole image
 
-def allowed_maps(data, args):
+
+def connected_regions(mask):
+    """Class numbers (H, W) -> region numbers (H, W): 4-connected pixels of one class share one."""
+    padded = np.pad(mask.astype(int), 1, constant_values=-1)  # so that no region wraps around
+    region = np.arange(padded.size).reshape(padded.shape)
+    while True:  # the smallest number spreads to the neighbours of the same class
+        smallest = region.copy()
+        for axis in (0, 1):
+            for shift in (-1, 1):
+                same = np.roll(padded, shift, axis) == padded
+                neighbour = np.roll(region, shift, axis)
+                smallest = np.where(same, np.minimum(smallest, neighbour), smallest)
+        smallest = smallest.ravel()[smallest]  # and what a number points to has gone farther yet
+        if np.array_equal(smallest, region):
+            return region[1:-1, 1:-1]
+        region = smallest
+
+
+def boxes_of(mask):
+    """Class numbers (H, W) -> [(c, cx, cy, w, h)], a box for each connected region but of 0."""
+    height, width = mask.shape
+    region, boxes = connected_regions(mask), []
+    for number in np.unique(region[mask > 0]):
+        y, x = np.nonzero(region == number)
+        left, right = x.min() / width, (x.max() + 1) / width
+        top, bottom = y.min() / height, (y.max() + 1) / height
+        centre = (left + right) / 2, (top + bottom) / 2
+        boxes.append((int(mask[y[0], x[0]]), *centre, right - left, bottom - top))
+    return boxes
+
+
+def tags_of(mask):
+    """Class numbers (H, W) -> [(c, 0.5, 0.5, 1, 1)] of the classes that are there, but 0."""
+    return [(int(c), *WHOLE) for c in np.unique(mask[mask > 0])]
+
+
+def read_rows(path, kind):
+    """The lines of boxes/NAME.txt or tags/NAME.txt: [(where, [class, cx, cy, w, h], as texts)]."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"{path} cannot be read as a text file: {error}")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        where, words = f"{path}, line {number}: {line[:80]!r}", line.split()
+        if kind == "tags":
+            rows += [(where, [word, *WHOLE]) for word in words]
+        elif words:
+            rows.append((where, words))
+    return rows
+
+
+def read_boxes(path, kind, classes):
+    """boxes/NAME.txt or tags/NAME.txt -> [(c, cx, cy, w, h)] in shares of width and height."""
+    form = {"boxes": "class cx cy w h", "tags": "class"}[kind]
+    boxes = []
+    for where, words in read_rows(path, kind):
+        try:
+            c, (cx, cy, w, h) = int(words[0]), map(float, words[1:])
+        except ValueError:
+            stop(f"{where}; expected: {form}")
+        if c == 0:
+            stop(f"{where}: class 0; expected 1 to {classes - 1}, as in masks. YOLO counts from 0? "
+                 "add 1")
+        if not 0 < c < classes:
+            stop(f"{where}: class {c}; expected 1 to {classes - 1}, as in masks (--classes gives "
+                 "more)")
+        sides = cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2
+        inside = all(-1e-3 < side < 1 + 1e-3 for side in sides)  # 0.001 is rounding
+        if not (inside and w > 0 and h > 0):
+            stop(f"{where}: the box is empty or leaves the image; expected {form}, from 0 to 1, "
+                 "shares of the image's width and height")
+        boxes.append((c, cx, cy, w, h))
+    return boxes
+
+
+def annotations(data, kind, spec):
+    """Boxes or tags, those of PATH/kind, and for `spec` of the hidden units derived from masks.
+
+    -> {image number: [(c, cx, cy, w, h)]}. Of hidden masks, only those of `spec` are opened.
+    """
+    number_of = {item.name: i for i, item in enumerate(data.items)}
+    found = {}
+    for path in sorted(Path(data.args.data, kind).glob("[!.]*.txt")):
+        if path.stem not in number_of or not path.is_file():
+            stop(f"{path}: no image has this name, or it is no file. Rename or remove it.")
+        found[number_of[path.stem]] = read_boxes(path, kind, data.classes)
+    if not spec:
+        return found
+    hidden = [i for i in data.indices("unlabeled") if data.items[i].mask is not None]
+    hidden_units = {data.items[i].unit for i in hidden}
+    every_unit = sorted({item.unit for item in data.items})
+    order = np.random.default_rng(data.args.split_seed).permutation(every_unit).tolist()
+    units = [unit for unit in order if unit in hidden_units]
+    if kind == "tags":
+        units.reverse()  # from the other end: few images have both
+    for i in choose_images(spec, units, hidden, data.items, f"--{kind}", "hidden units"):
+        try:
+            mask = data.truth(i)
+        except ValueError as error:
+            stop(f"bad file among the hidden masks: {error}")
+        if mask.max() >= data.classes:
+            stop(f"the mask of {data.items[i].name} holds class {mask.max()}. Give --classes.")
+        if i not in found:
+            found[i] = boxes_of(mask) if kind == "boxes" else tags_of(mask)
+    return found
+
+
+def allowed_maps(data, boxes_spec, tags_spec):
     """Eq. (3) of all training images: uint8 (N, S, S); prints how many have which annotation."""
-    data.decode()  # before Run does: what stops here leaves no run folder
     if data.classes > 8:
         stop(f"{data.classes} classes, but a pixel's allowed ones are 8 bits. Merge some classes.")
-    known = {kind: annotations(data, kind, getattr(args, kind)) for kind in ("boxes", "tags")}
-    maps = np.zeros((len(data.names), args.size, args.size), np.uint8)
-    counts = dict.fromkeys(("masks", "boxes", "tags", "boxes and tags", "none"), 0)
-    for i in data.indices("labeled") + data.indices("unlabeled"):
-        mask = data.load_labels([i])[0].cpu() if i in data.label_rows else None
-        limits = {kind: boxes[i] for kind, boxes in known.items() if i in boxes}
-        maps[i] = allowed_map(args.size, data.classes, limits.values(), mask)
-        counts["masks" if mask is not None else " and ".join(limits) or "none"] += 1
+    boxes = annotations(data, "boxes", boxes_spec)
+    tags = annotations(data, "tags", tags_spec)
+    size = data.args.size
+    maps = torch.zeros(len(data.items), size, size, dtype=torch.uint8)
+    counts = {"masks": 0, "boxes": 0, "tags": 0, "boxes and tags": 0, "none": 0}
+    for i in data.indices("labeled"):
+        maps[i] = allowed_map(size, data.classes, [], data.labels[i].long())
+        counts["masks"] += 1
+    for i in data.indices("unlabeled"):
+        known = {}
+        if i in boxes:
+            known["boxes"] = boxes[i]
+        if i in tags:
+            known["tags"] = tags[i]
+        maps[i] = allowed_map(size, data.classes, known.values())
+        counts[" and ".join(known) or "none"] += 1
     print("training images with", ", ".join(f"{kind}: {n}" for kind, n in counts.items()))
     return maps
 
@@ -197,20 +320,26 @@ def build(channels, classes, width):
 
 
 def predict(networks, x):
-    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}, the reported one first."""
-    names = [name for name in ("teacher", "student") if name in networks]
-    return {name: networks[name](x)[0].softmax(1) for name in names}
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}."""
+    return {name: network(x)[0].softmax(1) for name, network in networks.items()}
+
+
+def paint(m, size):
+    """Scores (B, C, s, s) -> classes 1, 2, 3 in red, green, blue (B, 3, *size); several mix."""
+    b, classes, *side = m.shape
+    colours = m.new_zeros(b, 3, *side)
+    colours[:, :min(3, classes - 1)] = m[:, 1:4]
+    return F.interpolate(colours, size)
 
 
 def pictures(networks, x):
-    """Columns of preview.png: classes 1, 2, 3 of a cell in red, green, blue; several are mixed."""
-    def paint(m):  # (B, C, s, s) -> (B, 3, S, S)
-        return F.interpolate(F.pad(m, [0] * 5 + [2])[:, 1:4], x.shape[2:])
-
-    label = next(iter(predict(networks, x).values())).argmax(1)
-    coarse, fine = (networks["student"](x)[1][d].sigmoid() for d in (1, 3))
-    return {"labels, cells of 8": paint(multi_label_target(label, *coarse.shape[1:3])),
-            "heads, cells of 8": paint(coarse), "heads, cells of 2": paint(fine)}
+    """Columns of preview.png: what cells of 8 and 2 pixels hold, by labels and by the heads."""
+    clean, multi = networks["student"](x)
+    coarse, fine = multi[1].sigmoid(), multi[3].sigmoid()
+    target = multi_label_target(clean.argmax(1), *coarse.shape[1:3])
+    size = x.shape[2:]
+    return {"labels, cells of 8": paint(target, size), "heads, cells of 8": paint(coarse, size),
+            "heads, cells of 2": paint(fine, size)}
 
 
 def main(argv=None):
@@ -223,19 +352,24 @@ def main(argv=None):
     add("--boxes", metavar="SPEC", help="hidden units to derive boxes for, such as 20%%")
     add("--tags", metavar="SPEC", help="hidden units to derive image labels for, such as 30%%")
     args = parse(options, argv)
-    if args.variant == "mlds":  # the loop below has no branch for it
-        args.unlabeled_batch, args.weight, args.boxes, args.tags = 0, 0.0, None, None
 
-    # data, run, networks, optimizer
+    # data, networks, optimizer, run
     data = Data(args)
-    maps = allowed_maps(data, args)
-    run = Run("mlds", args, data)
-    networks = run.place(build(data.channels, data.classes, args.width))
-    if args.variant != "mean":  # the student is its own teacher: Eq. (6) changes nothing
-        networks.pop("teacher")
-    student, teacher = networks["student"], networks.get("teacher", networks["student"])
+    weight, boxes, tags = args.weight, args.boxes, args.tags
+    if args.variant == "mlds":  # labelled images alone; the loop below has no branch for it
+        data.unlabeled_batch, weight, boxes, tags = 0, 0.0, None, None
+    maps = allowed_maps(data, boxes, tags)
+    torch.manual_seed(args.seed)
+    networks = place(build(data.channels, data.classes, args.width), args)
+    if args.variant == "mean":
+        headline = "teacher"
+    else:  # the student labels the images itself
+        headline = "student"
+        del networks["teacher"]
+    student, labeler = networks["student"], networks[headline]
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
-    run.keep(networks, [optimizer], predict, pictures)
+    autocast, scaler = mixed_precision(args)
+    run = Run(__file__, args, data, networks, [optimizer, scaler], predict, headline, pictures)
 
     for step in run.steps():
         # 1 batch
@@ -245,27 +379,29 @@ def main(argv=None):
         x_ls, x_us = strong(x_l), strong(x_u)
 
         # 3 targets
-        with torch.no_grad(), run.autocast():
-            label_u = pseudo_label(teacher(x_u)[0], allowed)  # (B, H, W)
+        with torch.no_grad(), autocast():
+            label_u = pseudo_label(labeler(x_u)[0], allowed)  # (B, H, W)
 
         # 4 losses
-        with run.autocast():
+        with autocast():
             logits_l, multi_l = student(x_ls)
             logits_u, multi_u = student(x_us)
         loss_sup = supervised_loss(logits_l, y_l)
         loss_mlds = mlds_loss(multi_l, y_l)
         loss_pseudo = mlds_loss(multi_u, label_u)  # never the clean head
-        lam = args.weight * ramp_up(step, RAMP * args.steps)
+        lam = weight * ramp_up(step, RAMP * args.steps)
         loss = loss_sup + loss_mlds + lam * loss_pseudo  # Eq. (7)
 
         # 5 step
         lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))
         optimizer.zero_grad(set_to_none=True)
-        run.backward(loss)
-        run.update(optimizer)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
         # 6 teacher
-        ema_update(teacher, student, ema_decay(step, EMA_DECAY))
+        if args.variant == "mean":
+            ema_update(networks["teacher"], student, ema_decay(step, EMA_DECAY))
 
         # 7 log, validate, save
         agreement = (logits_u.argmax(1) == label_u).float().mean().nan_to_num()  # no x_u: 0

@@ -46,6 +46,7 @@ Differences
 """
 import argparse
 import copy
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -54,9 +55,13 @@ from common import (
     Data,
     Run,
     UNet,
+    heat,
+    mixed_precision,
     number,
+    overlay,
     parse,
     parser,
+    place,
     poly_decay,
     ramp_up,
     set_lr,
@@ -114,17 +119,21 @@ def umix(x, u_1, u_2, k):
     and W -> the shape of x. What is read is unmixed; where both write, the second stands; of equal
     uncertainties the first patch comes first. Gradient flows into x.
     """
-    grid, images = u_1.shape[-1], x if x.dim() == 4 else x[:, None]
-    b, channels, h, w = images.shape
-    low_1, low_2 = (u.flatten(1).argsort(stable=True, dim=1)[:, :k] for u in (u_1, u_2))  # (B, k)
-    top_1, top_2 = (u.flatten(1).neg().argsort(stable=True, dim=1)[:, :k] for u in (u_1, u_2))
-    source = torch.arange(grid**2, device=x.device).repeat(b, 1)  # (B, grid²): each shows itself
-    source = source.scatter(1, top_1, low_2).scatter(1, top_2, low_1)
-    patches = images.reshape(b, channels, grid, h // grid, grid, w // grid).transpose(3, 4)
-    patches = patches.flatten(4).flatten(2, 3)  # (B, channels, grid², pixels of a patch)
-    patches = patches.gather(2, source[:, None, :, None].expand_as(patches))
-    patches = patches.reshape(b, channels, grid, grid, h // grid, w // grid).transpose(3, 4)
-    return patches.reshape(x.shape)
+    grid = u_1.shape[-1]
+    h, w = x.shape[-2] // grid, x.shape[-1] // grid
+    patches = x.unflatten(-1, (grid, w)).unflatten(-3, (grid, h))  # (B, ..., grid, h, grid, w)
+    patches = patches.movedim((-4, -2), (1, 2)).flatten(1, 2)  # (B, grid², ..., h, w)
+    low_1 = u_1.flatten(1).argsort(dim=1, stable=True)  # (B, grid²), certain patches first
+    low_2 = u_2.flatten(1).argsort(dim=1, stable=True)
+    top_1 = u_1.flatten(1).argsort(dim=1, stable=True, descending=True)  # uncertain ones first
+    top_2 = u_2.flatten(1).argsort(dim=1, stable=True, descending=True)
+    mixed, image = patches.clone(), torch.arange(len(x), device=x.device)
+    for rank in range(k):
+        mixed[image, top_1[:, rank]] = patches[image, low_2[:, rank]]
+    for rank in range(k):
+        mixed[image, top_2[:, rank]] = patches[image, low_1[:, rank]]
+    mixed = mixed.unflatten(1, (grid, grid)).movedim((1, 2), (-4, -2))
+    return mixed.reshape(x.shape)
 
 
 def ema_decay(step, decay):
@@ -158,18 +167,21 @@ def build(channels, classes, width):
 
 
 def predict(networks, x):
-    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}, the reported one first."""
+    """Images (B, channels, H, W) -> probabilities {name: (B, C, H, W)}."""
     return {name: networks[name](x).softmax(1) for name in ("teacher", "student 1", "student 2")}
 
 
-def pictures(networks, x, grid=16, k=2):
+def pictures(networks, x, grid, k):
     """Columns of preview.png: both uncertainty maps, and the patches that UMIX overwrites."""
-    probs_t, probs_1, probs_2 = predict(networks, x).values()
-    u_1, u_2 = uncertainty(probs_1, probs_t, grid), uncertainty(probs_2, probs_t, grid)
+    probs = predict(networks, x)
+    u_1 = uncertainty(probs["student 1"], probs["teacher"], grid)
+    u_2 = uncertainty(probs["student 2"], probs["teacher"], grid)
     pixel = torch.arange(x[:, 0].numel(), device=x.device).view(-1, *x.shape[2:])
-    swapped, mixed = (umix(pixel, u_1, u_2, k) != pixel).long(), umix(x, u_1, u_2, k)
-    maps = F.interpolate(torch.stack([u_1, u_2], 1), x.shape[2:])  # (B, 2, H, W)
-    return {"uncertainty 1": maps[:, 0], "uncertainty 2": maps[:, 1], "patches": (mixed, swapped)}
+    overwritten = umix(pixel, u_1, u_2, k) != pixel
+    heat_1 = F.interpolate(heat(u_1), x.shape[2:])
+    heat_2 = F.interpolate(heat(u_2), x.shape[2:])
+    mixed = overlay(umix(x, u_1, u_2, k), overwritten.long())
+    return {"uncertainty 1": heat_1, "uncertainty 2": heat_2, "patches": mixed}
 
 
 def main(argv=None):
@@ -189,80 +201,70 @@ def main(argv=None):
     if args.size % args.grid:
         stop(f"--grid {args.grid} does not divide --size {args.size}. Expected 8 or 16, say.")
 
-    # data, run, networks, optimizer
+    if args.val_every % 2:
+        stop(f"--val-every {args.val_every}: expected an even number, since a batch is used for "
+             "two steps.")
+
+    # data, networks, optimizer, run
     data = Data(args)
-    run = Run("ucmt", args, data)
-    networks = run.place(build(data.channels, data.classes, args.width))
+    torch.manual_seed(args.seed)
+    networks = place(build(data.channels, data.classes, args.width), args)
     student_1, student_2 = networks["student 1"], networks["student 2"]
     teacher, grid, k = networks["teacher"], args.grid, args.top_k
     k_l = k if args.umix_labeled else 0  # patches of a labelled image
     parameters = [*student_1.parameters(), *student_2.parameters()]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
-    run.keep(networks, [optimizer], predict, lambda nets, x: pictures(nets, x, grid, k))
+    autocast, scaler = mixed_precision(args)
+    show = partial(pictures, grid=grid, k=k)
+    run = Run(__file__, args, data, networks, [optimizer, scaler], predict, "teacher", show)
 
-    for step in run.steps(2):
-        # 1 batch
-        x_l, y_l, x_u, *_ = data.batch()
+    for step in run.steps():
+        # 1 batch: an even step draws one, the step after it sees the same one mixed
+        if step % 2 == 0:
+            x_l, y_l, x_u, *_ = data.batch()
 
         # 2 views
         x_l1, x_l2, x_u1, x_u2 = strong(x_l), strong(x_l), strong(x_u), strong(x_u)
 
         # 3 targets
-        with torch.no_grad(), run.autocast():
-            probs_lt, probs_t = teacher(x_l).softmax(1), teacher(x_u).softmax(1)  # (B, C, H, W)
+        with torch.no_grad(), autocast():
+            if step % 2 == 0:
+                probs_lt = teacher(x_l).softmax(1)  # (B, C, H, W), for uncertainties alone
+            probs_t = teacher(x_u).softmax(1)  # of mixed images it predicts anew
 
         # 4 losses
-        with run.autocast():
+        with autocast():
             logits_l1, logits_u1 = student_1(x_l1), student_1(x_u1)
             logits_l2, logits_u2 = student_2(x_l2), student_2(x_u2)
         probs_1, probs_2 = logits_u1.softmax(1), logits_u2.softmax(1)
         loss_sup = supervised_loss(logits_l1, y_l) + supervised_loss(logits_l2, y_l)
         loss_cps = cps_loss(probs_1, probs_2, probs_1.argmax(1), probs_2.argmax(1))
         loss_mts = mts_loss(probs_1, probs_2, probs_t.argmax(1))
-        lam = args.weight * ramp_up(step, RAMP * args.steps)  # w λ(t), of both steps
+        lam = args.weight * ramp_up(step - step % 2, RAMP * args.steps)  # w λ(t), of both steps
         loss = loss_sup + lam * (loss_cps + loss_mts) / 2  # Eq. (8)
 
         # 5 step
         lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))
         optimizer.zero_grad(set_to_none=True)
-        run.backward(loss)
-        run.update(optimizer)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
         # 6 teacher
         ema_update(teacher, student_1, student_2, args.teacher_mix, ema_decay(step, EMA_DECAY))
 
-        # second step: UMIX
-        # 1 batch
-        u_1, u_2 = uncertainty(probs_1, probs_t, grid), uncertainty(probs_2, probs_t, grid)
-        u_l1, u_l2 = (uncertainty(z.softmax(1), probs_lt, grid) for z in (logits_l1, logits_l2))
-        x_l, y_l = umix(x_l, u_l1, u_l2, k_l), umix(y_l, u_l1, u_l2, k_l)
-        x_u = umix(x_u, u_1, u_2, k)
-        # 2 views
-        x_l1, x_l2, x_u1, x_u2 = strong(x_l), strong(x_l), strong(x_u), strong(x_u)
-        # 3 targets
-        with torch.no_grad(), run.autocast():
-            probs_t = teacher(x_u).softmax(1)  # (B, C, H, W), predicted anew
-        # 4 losses
-        with run.autocast():
-            logits_l1, logits_u1 = student_1(x_l1), student_1(x_u1)
-            logits_l2, logits_u2 = student_2(x_l2), student_2(x_u2)
-        probs_1, probs_2 = logits_u1.softmax(1), logits_u2.softmax(1)
-        mix_sup = supervised_loss(logits_l1, y_l) + supervised_loss(logits_l2, y_l)
-        mix_cps = cps_loss(probs_1, probs_2, probs_1.argmax(1), probs_2.argmax(1))
-        mix_mts = mts_loss(probs_1, probs_2, probs_t.argmax(1))
-        mix_loss = mix_sup + lam * (mix_cps + mix_mts) / 2  # Eq. (8) of X'
-        # 5 step
-        set_lr(optimizer, args.lr * poly_decay(step + 1, args.steps))
-        optimizer.zero_grad(set_to_none=True)
-        run.backward(mix_loss)
-        run.update(optimizer)
-        # 6 teacher
-        ema_update(teacher, student_1, student_2, args.teacher_mix, ema_decay(step + 1, EMA_DECAY))
+        # UMIX: the next step's batch
+        if step % 2 == 0:
+            u_1, u_2 = uncertainty(probs_1, probs_t, grid), uncertainty(probs_2, probs_t, grid)
+            u_l1 = uncertainty(logits_l1.softmax(1), probs_lt, grid)
+            u_l2 = uncertainty(logits_l2.softmax(1), probs_lt, grid)
+            x_l, y_l = umix(x_l, u_l1, u_l2, k_l), umix(y_l, u_l1, u_l2, k_l)
+            x_u = umix(x_u, u_1, u_2, k)
 
         # 7 log, validate, save
-        agreement = (probs_1.argmax(1) == probs_2.argmax(1)).float().mean()  # on X'
-        run.log(loss=loss, sup=loss_sup, cps=loss_cps, mts=loss_mts, mix_loss=mix_loss, lam=lam,
-                uncertainty=(u_1.mean() + u_2.mean()) / 2, agreement=agreement, lr=lr)
+        agreement = (probs_1.argmax(1) == probs_2.argmax(1)).float().mean()
+        run.log(loss=loss, sup=loss_sup, cps=loss_cps, mts=loss_mts, lam=lam, agreement=agreement,
+                lr=lr)
         run.save(step)
 
     return run.finish()

@@ -1,13 +1,12 @@
-"""Every equation and module of cdma.py, by hand, by a naive loop, in closed form, and where its gradient goes."""
-import csv
+"""Every equation and module of cdma.py: by hand, by a naive loop, in closed form; gradients."""
 import math
 
 import pytest
 import torch
-from conftest import run_folder
+from make_traces import rows_of
 
 import cdma
-from common import Decoder, Encoder
+from common import Decoder, Encoder, UNet
 
 
 def sigmoid(x):
@@ -21,12 +20,17 @@ def test_channel_attention_naive_loop():
     bias = torch.nn.init.normal_(module.mlp[2].bias).tolist()
     found = module(x)
     for b in range(2):
-        total = torch.zeros(32)
-        for pooled in ([x[b, c].mean() for c in range(32)], [x[b, c].max() for c in range(32)]):
-            hidden = [max(0.0, sum(first[i, c].item() * pooled[c].item() for c in range(32))) for i in range(2)]
-            total += torch.tensor([bias[c] + sum(second[c, i].item() * hidden[i] for i in range(2)) for c in range(32)])
+        total = [0.0] * 32
+        for pooled in (x[b].mean((1, 2)).tolist(), x[b].amax((1, 2)).tolist()):
+            hidden = []
+            for i in range(2):
+                z = sum(first[i, c].item() * pooled[c] for c in range(32))
+                hidden.append(max(0.0, z))
+            for c in range(32):
+                total[c] += bias[c] + sum(second[c, i].item() * hidden[i] for i in range(2))
         for c in range(32):
-            torch.testing.assert_close(found[b, c], x[b, c] * sigmoid(total[c]), rtol=1e-4, atol=1e-5)
+            expected = x[b, c] * sigmoid(total[c])
+            torch.testing.assert_close(found[b, c], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels, hidden", [(4, 1), (16, 1), (48, 3)])
@@ -47,7 +51,8 @@ def test_spatial_attention_naive_loop():
                             pixel = x[b, :, i + di, j + dj]
                             z += weight[0, di + 3, dj + 3].item() * pixel.mean().item()
                             z += weight[1, di + 3, dj + 3].item() * pixel.max().item()
-                torch.testing.assert_close(found[b, :, i, j], x[b, :, i, j] * sigmoid(z), rtol=1e-4, atol=1e-5)
+                expected = x[b, :, i, j] * sigmoid(z)
+                torch.testing.assert_close(found[b, :, i, j], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_csa_is_channel_then_spatial_attention():
@@ -58,21 +63,28 @@ def test_csa_is_channel_then_spatial_attention():
     assert isinstance(cdma.ATTENTIONS["SA"](16), cdma.SpatialAttention)
 
 
+def parts_of(named_parameters):
+    """{"encoder.blocks", "heads.CA", ...}: the first two words of parameters' names."""
+    return {".".join(name.split(".")[:2]) for name, _ in named_parameters}
+
+
 def test_three_branches_share_the_encoder_alone():
-    net = cdma.build(1, 3, 4)["three branches"]
-    logits = net(torch.rand(2, 1, 32, 32))
-    assert list(logits) == ["CSA", "CA", "SA"] and all(z.shape == (2, 3, 32, 32) for z in logits.values())
+    network = cdma.build(1, 3, 4)["three branches"]
+    logits = network(torch.rand(2, 1, 32, 32))
+    assert list(logits) == ["CSA", "CA", "SA"]
+    assert all(z.shape == (2, 3, 32, 32) for z in logits.values())
     logits["CA"].sum().backward()
-    with_gradient = {name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters() if p.grad is not None}
-    assert with_gradient == {f"encoder.{name.split('.')[0]}" for name, _ in net.encoder.named_parameters()} | {
-        "decoders.CA", "attentions.CA", "heads.CA"}
+    moved = parts_of((name, p) for name, p in network.named_parameters() if p.grad is not None)
+    encoder = parts_of((f"encoder.{name}", p) for name, p in network.encoder.named_parameters())
+    assert moved == encoder | {"decoders.CA", "attentions.CA", "heads.CA"}
 
 
 def test_decoders_start_alike_and_gates_open():
-    net, x = cdma.build(1, 3, 4)["three branches"], torch.rand(2, 8, 4, 4)
-    one, *others = (list(decoder.parameters()) for decoder in net.decoders.values())
+    network, x = cdma.build(1, 3, 4)["three branches"], torch.rand(2, 8, 4, 4)
+    one, *others = (list(decoder.parameters()) for decoder in network.decoders.values())
     for other in others:
-        assert all(torch.equal(a, b) and a is not b for a, b in zip(one, other, strict=True))
+        for p, q in zip(one, other, strict=True):
+            assert torch.equal(p, q) and p is not q
     ca, sa = cdma.ChannelAttention(8), cdma.SpatialAttention()
     for module, last in ((ca, ca.mlp[2]), (sa, sa.conv)):
         torch.nn.init.zeros_(last.weight)
@@ -82,18 +94,21 @@ def test_decoders_start_alike_and_gates_open():
 def test_attention_follows_every_decoder_block():
     """A branch, written out: each stage's block, then each stage's attention."""
     encoder, decoders = Encoder(1, 4), [Decoder(4) for _ in range(3)]
-    net, x = cdma.ThreeBranches(encoder, decoders, [32, 16, 8, 4], 2).eval(), torch.rand(1, 1, 32, 32)
-    f = encoder(x)
+    network = cdma.ThreeBranches(encoder, decoders, [32, 16, 8, 4], 2).eval()
+    x = torch.rand(1, 1, 32, 32)
+    features = encoder(x)
     for branch, decoder in zip(("CSA", "CA", "SA"), decoders, strict=True):
-        z = f[4]
+        z = features[4]
         for stage in range(4):
-            z = net.attentions[branch][stage](decoder.blocks[stage](z, f[3 - stage]))
-        torch.testing.assert_close(net(x)[branch], net.heads[branch](z))
+            z = decoder.blocks[stage](z, features[3 - stage])
+            z = network.attentions[branch][stage](z)
+        torch.testing.assert_close(network(x)[branch], network.heads[branch](z))
 
 
 def test_eq1_kd_loss_by_hand():
     # one pixel, T = 2: P_t = (0.9, 0.1), P_s = (0.5, 0.5)
-    z_t, z_s = (2 * torch.tensor(p).log().view(1, 2, 1, 1) for p in ((0.9, 0.1), (0.5, 0.5)))
+    z_t = 2 * torch.tensor([0.9, 0.1]).log().view(1, 2, 1, 1)
+    z_s = 2 * torch.tensor([0.5, 0.5]).log().view(1, 2, 1, 1)
     kl = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
     assert cdma.kd_loss(z_s, z_t, 2).item() == pytest.approx(4 * kl, rel=1e-5)
 
@@ -106,10 +121,12 @@ def test_eq1_kd_loss_naive_loop(classes):
         for i in range(3):
             for j in range(4):
                 p, q = (z_t[b, :, i, j] / 10).softmax(0), (z_s[b, :, i, j] / 10).softmax(0)
-                total += sum(p[c].item() * math.log(p[c].item() / q[c].item()) for c in range(classes))
+                for c in range(classes):
+                    total += p[c].item() * math.log(p[c].item() / q[c].item())
     assert cdma.kd_loss(z_s, z_t, 10).item() == pytest.approx(100 * total / 24, rel=1e-3)
     assert cdma.kd_loss(z_s, z_s, 10).item() == 0
-    assert cdma.kd_loss(z_s, z_s + 3, 10).item() == pytest.approx(0, abs=1e-4)  # equal probabilities
+    same_probabilities = z_s + 3
+    assert cdma.kd_loss(z_s, same_probabilities, 10).item() == pytest.approx(0, abs=1e-4)
     assert cdma.kd_loss(z_s, z_t, 10).item() > 0
 
 
@@ -120,14 +137,17 @@ def test_eq1_kd_loss_temperature_scaling():
         z_s = z.clone().requires_grad_()
         cdma.kd_loss(z_s, z_t, temperature).backward()
         difference = z - z_t
-        torch.testing.assert_close(z_s.grad, (difference - difference.mean()) / 4, rtol=0.1, atol=2e-2)
+        expected = (difference - difference.mean()) / 4
+        torch.testing.assert_close(z_s.grad, expected, rtol=0.1, atol=2e-2)
 
 
 def test_eq1_kd_loss_gradient_in_the_student_alone():
-    z_s, z_t = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4, requires_grad=True)
+    z_s = torch.randn(2, 3, 4, 4, requires_grad=True)
+    z_t = torch.randn(2, 3, 4, 4, requires_grad=True)
     cdma.kd_loss(z_s, z_t, 10).backward()
     assert z_t.grad is None
-    expected = 10 * ((z_s / 10).softmax(1) - (z_t / 10).softmax(1)) / 32  # T² · (1/T) (P_s - P_t) / pixels
+    difference = (z_s / 10).softmax(1) - (z_t / 10).softmax(1)
+    expected = 10 * difference / 32  # T² · (1/T) (P_s - P_t) / pixels
     torch.testing.assert_close(z_s.grad, expected, rtol=1e-3, atol=1e-6)
 
 
@@ -152,7 +172,8 @@ def test_eq2_cdkd_loss_naive_loop_and_gradient():
 def test_eq3_um_loss_bounds(classes):
     zeros = torch.zeros(2, classes, 3, 3)
     assert cdma.um_loss([zeros] * 3).item() == pytest.approx(1)  # H = log C
-    sure = 100 * torch.nn.functional.one_hot(torch.randint(classes, (2, 3, 3)), classes).movedim(-1, 1).float()
+    label = torch.randint(classes, (2, 3, 3))
+    sure = 100 * torch.nn.functional.one_hot(label, classes).movedim(-1, 1).float()
     assert cdma.um_loss([sure] * 3).item() == pytest.approx(0, abs=1e-6)
     other = sure.roll(1, 1)  # each sure, but of different classes: the mean is not
     mean = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(classes)
@@ -175,31 +196,37 @@ def test_eq3_um_loss_naive_loop_and_gradient():
     assert all(x.grad.isfinite().all() for x in sure)  # a probability of 0 spoils no gradient
 
 
-def test_eq4_main_total_objective(options, tmp_path):
-    cdma.main(options("phantom", "--distill-weight", "0.3", "--entropy-weight", "0.7", "--val-every", "1", steps=10))
-    rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(open(run_folder(tmp_path / "runs") / "log.csv"))]
+def test_eq4_main_total_objective(options):
+    weights = ["--distill-weight", "0.3", "--entropy-weight", "0.7"]
+    rows = rows_of(cdma.main(options(*weights, "--val-every", "1", steps=10))["folder"])
     assert [row["lam"] for row in rows] == [0.0] + [1.0] * 9  # off for the first 10% of the steps
     for row in rows:
-        assert row["loss"] == pytest.approx(row["sup"] + row["lam"] * (0.3 * row["cdkd"] + 0.7 * row["um"]), rel=1e-5)
+        unsupervised = 0.3 * row["cdkd"] + 0.7 * row["um"]
+        assert row["loss"] == pytest.approx(row["sup"] + row["lam"] * unsupervised, rel=1e-5)
 
 
 def test_a_temperature_of_zero_is_refused(options, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cdma.main(options("phantom", "--temperature", "0"))
+        cdma.main(options("--temperature", "0"))
     assert stopped.value.code == 2 and "at least 0.01 is needed" in capsys.readouterr().err
 
 
-def test_every_branch_and_the_mean_are_reported_csa_first(options, capsys):
-    results = cdma.main(options("phantom", steps=2))
+def test_every_branch_and_the_mean_are_reported_csa_is_the_headline(options):
+    results = cdma.main(options(steps=2))
     assert list(results["networks"]) == ["CSA", "CA", "SA", "mean"]
-    out = capsys.readouterr().out
-    branches, plain = (sum(p.numel() for p in net.parameters()) / 1e6
-                       for net in (cdma.build(1, 4, 4)["three branches"], cdma.UNet(1, 4, 4)))
-    assert f"three branches {branches:.2f} M, the plain U-Net {plain:.2f} M" in out
+    assert results["headline"]["network"] == "CSA"
+
+
+def test_three_branches_have_the_weights_of_1_8_networks():
+    """As the card says, at the default width."""
+    three = cdma.build(1, 4, 32)["three branches"]
+    weights = sum(p.numel() for p in three.parameters())
+    of_one = sum(p.numel() for p in UNet(1, 4, 32).parameters())
+    assert weights / of_one == pytest.approx(1.8, abs=0.05)
 
 
 def test_mean_is_the_mean_of_the_branches():
-    nets = cdma.build(1, 3, 4)
-    csa, ca, sa, mean = cdma.predict(nets, torch.rand(2, 1, 16, 16)).values()
+    networks = cdma.build(1, 3, 4)
+    csa, ca, sa, mean = cdma.predict(networks, torch.rand(2, 1, 16, 16)).values()
     torch.testing.assert_close(mean, (csa + ca + sa) / 3)
     torch.testing.assert_close(mean.sum(1), torch.ones(2, 16, 16))

@@ -1,21 +1,81 @@
-"""common.py: metrics against brute force, losses against loops, splits, files, augmentation, cache."""
+"""The course part of common.py: its contents, metrics, formulas, U-Net, augmentation, batches."""
+import ast
 import itertools
-import json
 import math
-import os
+import re
 import time
-from pathlib import Path
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from conftest import full_phantom
+from conftest import ROOT
 from PIL import Image
+from torch.nn import functional as F
 
 import common
-from common import Data, Run, UNet, evaluate, mask_scores, parse, parser, strong, weak
+from common import Data, UNet, evaluate, mask_scores, parse, parser, strong, weak
+
+# --- Table of contents ----------------------------------------------------------------------------
+
+
+def listed_sections():
+    """The docstring's table of contents: [(title, names)], as it reads."""
+    table = common.__doc__.split("Course part", 1)[1].split("\n\n", 1)[0]
+    table = re.sub(r"^Tools  ", "       ", table, flags=re.MULTILINE)
+    entries = re.split(r"\n|\s{3,}", table)
+    sections = []
+    for entry in filter(None, map(str.strip, entries)):
+        title, names = entry.split(": ")
+        sections.append((title, names.split()))
+    return sections
+
+
+def found_sections():
+    """The file's sections: [(the line `# --- Title` without its dashes, names defined there)]."""
+    text = (ROOT / "common.py").read_text(encoding="utf-8")
+    lines = {}  # {line number: title}
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("# --- "):
+            lines[number] = line.strip("#- ")
+    names = {number: [] for number in lines}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names[max(number for number in lines if number < node.lineno)].append(node.name)
+    return [(title, names[number]) for number, title in lines.items()]
+
+
+def test_the_table_of_contents_is_true():
+    listed, found = listed_sections(), found_sections()
+    assert len(listed) == len(found) > 15
+    for (title, names), (line, defined) in zip(listed, found, strict=True):
+        assert re.match(rf"{title}\b", line), f"{title} is listed where the file has {line}"
+        assert names, title
+        for name in names:
+            assert name in defined, f"{name} is not in section {title}"
+
 
 # --- Metrics --------------------------------------------------------------------------------------
+
+
+def surface_of(points, dimensions):
+    """The points, tuples, that have a neighbour which is none of them."""
+    steps = []
+    for axis, sign in itertools.product(range(dimensions), (-1, 1)):
+        step = [0] * dimensions
+        step[axis] = sign
+        steps.append(step)
+    surface = []
+    for point in points:
+        neighbours = {tuple(map(sum, zip(point, step, strict=True))) for step in steps}
+        if not neighbours <= points:
+            surface.append(point)
+    return surface
+
+
+def nearest_distances(points, targets):
+    """For each of the points the distance to the nearest of the targets."""
+    return [min(math.dist(point, target) for target in targets) for point in points]
 
 
 def brute_force(pred, truth):
@@ -23,16 +83,13 @@ def brute_force(pred, truth):
     a, b = {tuple(p) for p in np.argwhere(pred)}, {tuple(p) for p in np.argwhere(truth)}
     if not a and not b:
         return None
-    diagonal = math.sqrt(sum(n * n for n in pred.shape))
     if not a or not b:
-        return {"dice": 0, "jaccard": 0, "hd95": diagonal, "asd": diagonal}
-
-    def surface(points):
-        steps = [tuple(s * (k == axis) for k in range(pred.ndim)) for axis in range(pred.ndim) for s in (-1, 1)]
-        return [p for p in points if any(tuple(map(sum, zip(p, s, strict=True))) not in points for s in steps)]
-
-    to_b = [min(math.dist(p, q) for q in surface(b)) for p in surface(a)]
-    to_a = [min(math.dist(p, q) for q in surface(a)) for p in surface(b)]
+        diagonal = math.sqrt(sum(n * n for n in pred.shape))
+        empty = "truth" if a else "prediction"
+        return {"dice": 0, "jaccard": 0, "hd95": diagonal, "asd": diagonal, "empty": empty}
+    surface_a, surface_b = surface_of(a, pred.ndim), surface_of(b, pred.ndim)
+    to_b = nearest_distances(surface_a, surface_b)
+    to_a = nearest_distances(surface_b, surface_a)
     return {"dice": 200 * len(a & b) / (len(a) + len(b)), "jaccard": 100 * len(a & b) / len(a | b),
             "hd95": np.percentile(to_b + to_a, 95), "asd": sum(to_b) / len(to_b)}
 
@@ -43,15 +100,22 @@ def test_metrics_equal_brute_force(shape):
     for share_a, share_b in itertools.product((0, 0.05, 0.5, 0.95, 1), repeat=2):
         pred, truth = rng.random(shape) < share_a, rng.random(shape) < share_b
         expected, found = brute_force(pred, truth), mask_scores(pred, truth)
-        assert found == (None if expected is None else pytest.approx(expected, rel=1e-9))
+        if expected is None:
+            assert found is None
+            continue
+        assert found.pop("empty", None) == expected.pop("empty", None)
+        assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_metrics_by_hand():
     pred, truth = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
     pred[2, 2], truth[2, 5] = True, True
     assert mask_scores(pred, truth) == {"dice": 0, "jaccard": 0, "hd95": 3, "asd": 3}
+    assert mask_scores(pred, truth, distances=False) == {"dice": 0, "jaccard": 0}
     truth[:] = False
-    assert mask_scores(pred, truth)["hd95"] == pytest.approx(math.sqrt(128))  # not 0, the trap elsewhere
+    scores = mask_scores(pred, truth)
+    assert scores["hd95"] == pytest.approx(math.sqrt(128))  # not 0, the trap elsewhere
+    assert scores["empty"] == "truth" and mask_scores(truth, pred)["empty"] == "prediction"
     assert mask_scores(truth, truth) is None
 
 
@@ -59,7 +123,37 @@ def test_metrics_far_apart_use_bounded_memory():
     truth = np.zeros((600, 600), bool)
     truth[::2, ::2] = True  # 90000 surface pixels
     pred = truth[::-1, ::-1]
-    assert mask_scores(pred[:, :120], truth[:, :120])["hd95"] == math.sqrt(2)
+    tracemalloc.start()
+    scores = mask_scores(pred, truth)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert scores["hd95"] == math.sqrt(2)
+    assert peak < 200e6  # all points with a row of 600 pixels each would take 880e6 bytes
+
+
+def test_distances_equal_brute_force_in_3d():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        size = rng.integers(1, 12, 3)
+        target, points = (rng.integers(0, size, (rng.integers(1, 40), 3)) for _ in range(2))
+        points = points + rng.integers(-20, 20, 3)  # their boxes overlap, or do not
+        found = common.distances_to(target, points)
+        assert found == pytest.approx(nearest_distances(points, target), rel=1e-12)
+
+
+def test_distances_take_time_in_proportion_to_slices():
+    rng = np.random.default_rng(0)
+    seconds = {}
+    for slices in (10, 80):
+        target = np.argwhere(rng.random((slices, 64, 64)) < 0.05)
+        points = np.argwhere(rng.random((slices, 64, 64)) < 0.05)
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            common.distances_to(target, points)
+            times.append(time.process_time() - start)
+        seconds[slices] = min(times)
+    assert seconds[80] < 3 * 8 * seconds[10]  # each slice with each: 64 times as much
 
 
 class FakeData:
@@ -69,6 +163,7 @@ class FakeData:
 
     def __init__(self, masks, predictions):
         self.masks, self.predictions = masks, predictions
+        self.sizes = [mask.shape for mask in masks]
 
     def volumes(self, part):
         return {"a": [0, 1], "b": [2, 3]}
@@ -77,7 +172,12 @@ class FakeData:
         return self.masks[i]
 
     def load_images(self, indices):
-        return torch.nn.functional.one_hot(torch.stack([self.predictions[i] for i in indices]), 3).movedim(-1, 1).float()
+        return F.one_hot(self.predictions[indices], 3).movedim(-1, 1).float()
+
+
+def echo(networks, x):
+    """A predict whose probabilities are the image."""
+    return {"net": x}
 
 
 def test_evaluate_scores_volumes_not_slices():
@@ -87,23 +187,33 @@ def test_evaluate_scores_volumes_not_slices():
     masks[2, 1, 1] = 2
     predictions = torch.from_numpy(masks).long().clone()
     predictions[1, 0, 0], predictions[1, 3, 3] = 0, 1  # one slice all wrong
-    summary = evaluate(lambda nets, x: {"net": x}, {}, FakeData(masks, predictions), "test")["net"]
+    summary = evaluate(echo, {}, FakeData(masks, predictions), "test")["net"]
     one = summary["volumes"]["a"]["1"]
     assert one["dice"] == pytest.approx(200 * 4 / 10)  # the mean of the slices' scores would be 50
-    assert summary["volumes"]["b"]["1"] is None and summary["classes"]["1"]["dice"] == one["dice"]
+    assert summary["volumes"]["b"]["1"] is None
+    assert summary["classes"]["1"]["dice"] == one["dice"]
     assert summary["dice"] == pytest.approx((80 + 100) / 2)  # class 2 is in volume b alone
-    assert summary["empty"] == {"1": {"both": 1, "missed": 0, "false": 0}, "2": {"both": 1, "missed": 0, "false": 0}}
+    assert summary["empty"] == {"1": {"both": 1, "prediction": 0, "truth": 0},
+                                "2": {"both": 1, "prediction": 0, "truth": 0}}
 
 
-def test_evaluate_counts_missed_and_false():
+def test_evaluate_counts_missed_and_invented():
     masks = np.zeros((4, 4, 4), np.uint8)
     masks[0, 0, 0] = 1
     predictions = torch.zeros(4, 4, 4, dtype=torch.long)
     predictions[3, 2, 2] = 1
-    summary = evaluate(lambda nets, x: {"net": x}, {}, FakeData(masks, predictions), "test")["net"]
-    assert summary["empty"]["1"] == {"both": 0, "missed": 1, "false": 1}
+    summary = evaluate(echo, {}, FakeData(masks, predictions), "test")["net"]
+    assert summary["empty"]["1"] == {"both": 0, "prediction": 1, "truth": 1}
     assert summary["classes"]["2"]["dice"] is None and summary["dice"] == 0
     assert summary["hd95"] == pytest.approx(math.sqrt(2 * 2 + 4 * 4 + 4 * 4))
+
+
+def test_evaluate_without_distances_has_the_overlaps_alone():
+    masks = np.ones((4, 4, 4), np.uint8)
+    fake = FakeData(masks, torch.from_numpy(masks).long())
+    summary = evaluate(echo, {}, fake, "val", distances=False)["net"]
+    assert summary["dice"] == summary["jaccard"] == 100
+    assert summary["hd95"] is None and summary["asd"] is None
 
 
 def test_evaluating_gives_every_network_its_mode_back():
@@ -114,52 +224,45 @@ def test_evaluating_gives_every_network_its_mode_back():
     assert a.training and not b.training and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("dice, scored", [((10, 20), 1), ((20, 10), 2)])
-def test_the_best_checkpoint_is_scored_unless_it_is_the_last(options, monkeypatch, capsys, dice, scored):
-    import mean_teacher
-    parts, values, real = [], list(dice), common.evaluate
-
-    def spy(predict, networks, data, part, distances=True):
-        parts.append(part)
-        results = real(predict, networks, data, part, distances)
-        if part == "val":
-            results["teacher"]["dice"] = values.pop(0)
-        return results
-    monkeypatch.setattr(common, "evaluate", spy)
-    results = mean_teacher.main(options("phantom", "--val-every", "2", steps=4))
-    assert parts == ["val", "val"] + ["test"] * scored and results["best_step"] == (4 if scored == 1 else 2)
-    best, last = (results["networks"]["teacher"][k] for k in ("best", "last"))
-    assert (best == last or scored == 2) and capsys.readouterr().out.count("headline") == 1
-
-
-# --- Formulas -------------------------------------------------------------------------------------
+# --- Formulas and U-Net ---------------------------------------------------------------------------
 
 
 def test_supervised_loss_naive_loop():
     logits, y = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
     probs, ce, dice = logits.softmax(1), 0.0, 0.0
+    pixels = list(itertools.product(range(4), range(5)))
     for b in range(2):
         for c in range(3):
-            overlap = sum(probs[b, c, i, j].item() for i in range(4) for j in range(5) if y[b, i, j] == c)
+            overlap = sum(probs[b, c, i, j].item() for i, j in pixels if y[b, i, j] == c)
             total = probs[b, c].sum().item() + (y[b] == c).sum().item()
             dice += (1 - (2 * overlap + 1e-5) / (total + 1e-5)) / 6
-        ce -= sum(probs[b, y[b, i, j], i, j].log().item() for i in range(4) for j in range(5)) / 40
-    assert common.supervised_loss(logits, y).item() == pytest.approx(0.5 * ce + 0.5 * dice, rel=1e-5)
-    sure = 60 * torch.nn.functional.one_hot(y, 3).movedim(-1, 1).float()
+        ce -= sum(probs[b, y[b, i, j], i, j].log().item() for i, j in pixels) / 40
+    loss = common.supervised_loss(logits, y).item()
+    assert loss == pytest.approx(0.5 * ce + 0.5 * dice, rel=1e-5)
+    sure = 60 * F.one_hot(y, 3).movedim(-1, 1).float()
     assert common.supervised_loss(sure, y).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_schedules():
-    assert common.ramp_up(0, 10) == pytest.approx(math.exp(-5)) and common.ramp_up(5, 10) == math.exp(-1.25)
+    assert common.ramp_up(0, 10) == pytest.approx(math.exp(-5))
+    assert common.ramp_up(5, 10) == math.exp(-1.25)
     assert common.ramp_up(10, 10) == common.ramp_up(99, 10) == common.ramp_up(0, 0) == 1
     assert common.poly_decay(0, 10) == 1 and common.poly_decay(5, 10) == 0.5**0.9
+
+
+def test_set_lr_sets_every_group():
+    weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [w]} for w in weights], lr=1)
+    assert common.set_lr(optimizer, 0.25) == 0.25
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
 def test_unet_shapes_and_empty_batch():
     net, x = UNet(3, 5, 4), torch.rand(2, 3, 48, 32)
     features = net.encoder(x)
-    assert [tuple(f.shape[1:]) for f in features] == [(4 * 2**i, 48 // 2**i, 32 // 2**i) for i in range(5)]
-    assert [tuple(f.shape[1:]) for f in net.decoder(features)] == [(4 * 2**i, 48 // 2**i, 32 // 2**i) for i in (3, 2, 1, 0)]
+    shapes = [(4 * 2**i, 48 // 2**i, 32 // 2**i) for i in range(5)]
+    assert [tuple(f.shape[1:]) for f in features] == shapes
+    assert [tuple(f.shape[1:]) for f in net.decoder(features)] == shapes[3::-1]
     assert net(x).shape == (2, 5, 48, 32) and net(x[:0]).shape == (0, 5, 48, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert net(x).dtype == torch.float32
@@ -177,7 +280,8 @@ def test_weak_moves_image_and_maps_together():
     assert moved.dtype == torch.uint8 and set(moved.unique().tolist()) == {0, 200}
     assert torch.equal(again, moved.long())
     assert ((x[:, 0] > 0.5) == (moved == 200)).float().mean() > 0.99
-    assert ((x[:, 0] > 0.5) != (image[:, 0] > 0.5)).flatten(1).any(1).float().mean() > 0.9  # it does move
+    differs = ((x[:, 0] > 0.5) != (image[:, 0] > 0.5)).flatten(1).any(1)
+    assert differs.float().mean() > 0.9  # it does move
     areas = (moved == 200).float().sum((1, 2)) / 128
     assert 0.6 < areas.min() < 0.75 and 1.3 < areas.max() < 1.65  # zoom 0.8 to 1.25, squared
 
@@ -190,6 +294,22 @@ def test_weak_without_flip_keeps_left_left():
     side = weak(image, label, flip=False)[1][:, :, :16].sum((1, 2)) > 0
     assert side.all() and not (weak(image, label)[1][:, :, :16].sum((1, 2)) > 0).all()
     assert weak(image[:0])[0].shape == (0, 1, 32, 32)
+
+
+def test_weak_turns_by_up_to_the_rotation():
+    torch.manual_seed(0)
+    label = torch.zeros(64, 64, 64, dtype=torch.long)
+    label[:, 30:34, 8:56] = 1  # a level bar, which stays level without a rotation
+    image = label[:, None].float()
+    slopes = {}
+    for rotation in (0, 30):
+        [moved] = weak(image, flip=False, rotation=rotation)
+        height = torch.arange(64.0)[:, None]
+        left = (moved[:, 0, :, 14:18] * height).sum((1, 2)) / moved[:, 0, :, 14:18].sum((1, 2))
+        right = (moved[:, 0, :, 46:50] * height).sum((1, 2)) / moved[:, 0, :, 46:50].sum((1, 2))
+        slopes[rotation] = ((right - left) / 32).atan().rad2deg().abs()
+    assert slopes[0].max() < 0.01
+    assert 25 < slopes[30].max() < 31
 
 
 def test_strong_changes_intensities_not_places():
@@ -205,295 +325,90 @@ def test_strong_changes_intensities_not_places():
     assert strong(x[:0]).shape == (0, 1, 32, 32)
 
 
+# --- Data and batches -----------------------------------------------------------------------------
+
+
 def test_shuffled_is_endless_and_fair():
     stream = common.shuffled([3, 5, 7, 9, 11], seed=1)
-    epochs = [[next(stream) for _ in range(5)] for _ in range(20)]
-    assert all(sorted(epoch) == [3, 5, 7, 9, 11] for epoch in epochs) and len(set(map(tuple, epochs))) > 10
-    again, other = (list(itertools.islice(common.shuffled([3, 5, 7, 9, 11], seed), 100)) for seed in (1, 2))
+    epochs = [list(itertools.islice(stream, 5)) for _ in range(20)]
+    assert all(sorted(epoch) == [3, 5, 7, 9, 11] for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 10
+    again = list(itertools.islice(common.shuffled([3, 5, 7, 9, 11], 1), 100))
+    other = list(itertools.islice(common.shuffled([3, 5, 7, 9, 11], 2), 100))
     assert again == sum(epochs, []) != other
 
 
-# --- Splits ---------------------------------------------------------------------------------------
+def test_data_is_complete_and_shows_no_hidden_mask(options):
+    data = Data(parse(parser(""), options()))
+    parts = {part: data.indices(part) for part in ("labeled", "unlabeled", "val", "test")}
+    assert data.split == parts
+    assert sorted(sum(parts.values(), [])) == list(range(64))  # 8 patients of 8 slices
+    assert list(map(len, parts.values())) == [24, 24, 8, 8]
+    assert sorted(data.labels) == sorted(parts["labeled"] + parts["val"] + parts["test"])
+    assert data.units("val") == ["p30"] and list(data.volumes("test")) == ["p36_frame01",
+                                                                         "p36_frame02"]
+    assert data.images.shape == (64, 1, 32, 32) and data.images.dtype == torch.uint8
+    assert data.sizes == [(32, 32)] * 64
+    assert (data.channels, data.classes, data.binary) == (1, 4, False)
+    assert data.class_names == ["background", "class 1", "class 2", "class 3"]
 
 
-def split_of(names, masked=None, lists=None, labeled="10%", seed=0):
-    return common.make_split(names, names if masked is None else masked, lists or {}, labeled, seed)
+def test_images_and_labels_are_those_of_their_numbers(options, drawn):
+    data = Data(parse(parser(""), options()))
+    chosen = data.indices("val")[:3]
+    images, labels = data.load_images(chosen), data.load_labels(chosen)
+    for k, i in enumerate(chosen):
+        name = data.items[i].name
+        image = np.asarray(Image.open(drawn / "images" / f"{name}.png"))
+        mask = np.asarray(Image.open(drawn / "masks" / f"{name}.png"))
+        assert np.array_equal((images[k, 0] * 255).round().byte(), image)
+        assert np.array_equal(labels[k], mask) and labels.dtype == torch.long
+        assert np.array_equal(data.truth(i), mask)
 
 
-def test_split_is_nested_seeded_and_independent_of_order():
-    names = [f"p{u:03d}_slice_{s}" for u in range(100) for s in range(3)]
-    splits = {spec: split_of(names, labeled=spec) for spec in ("5%", "10%", "20%", "7", "100%")}
-    assert [len(splits["10%"][k]) for k in ("labeled", "unlabeled", "val", "test")] == [7, 63, 10, 20]
-    assert set(splits["5%"]["labeled"]) < set(splits["10%"]["labeled"]) < set(splits["20%"]["labeled"])
-    assert splits["7"] == splits["10%"] and len(splits["5%"]["labeled"]) == 4
-    assert not splits["100%"]["unlabeled"]
-    assert split_of(names[::-1]) == splits["10%"] and split_of(names, seed=1) != splits["10%"]
-    for split in splits.values():
-        assert sorted(sum(split.values(), [])) == sorted({n[:4] for n in names})  # every patient once
+def test_draws_are_seeded_counted_and_of_their_parts(options):
+    first, second = (Data(parse(parser(""), options())) for _ in range(2))
+    other = Data(parse(parser(""), options("--seed", 1)))
+    draws = [[data.draw() for _ in range(20)] for data in (first, second, other)]
+    texts = [str(batches) for batches in draws]
+    assert texts[0] == texts[1] != texts[2] and first.drawn == 20
+    for index_l, index_u in draws[0]:
+        assert set(index_l.tolist()) <= set(first.indices("labeled"))
+        assert set(index_u.tolist()) <= set(first.indices("unlabeled"))
 
 
-def test_split_draws_validation_and_test_from_units_with_masks():
-    names = [f"im{i:02d}" for i in range(40)]
-    split = split_of(names, masked=names[:10], labeled=None)
-    assert len(split["val"]) == 1 and len(split["test"]) == 2 and len(split["labeled"]) == 7
-    assert set(split["val"] + split["test"]) < set(names[:10]) and set(names[10:]) == set(split["unlabeled"])
-
-
-def test_split_from_lists():
-    names = [f"im{i:02d}" for i in range(20)]
-    lists = {"train": names[:10], "val": names[10:12], "test": names[12:14]}
-    split = split_of(names, lists=lists, labeled="5")
-    assert split["val"] == names[10:12] and sorted(split["labeled"] + split["unlabeled"]) == names[:10]
-    part = split_of(names, lists={"test": names[:4]}, labeled="5")
-    assert part["test"] == names[:4] and len(part["val"]) == 2 and len(part["labeled"] + part["unlabeled"]) == 14
-
-
-def test_split_ignores_the_order_of_the_file_system(make_dataset, options, monkeypatch):
-    root = make_dataset(units=12, slices=2)
-    first = Data(parse(parser(""), options(root)))
-    listed = Path.iterdir
-    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(listed(self))))
-    second = Data(parse(parser(""), options(root)))
-    assert first.names == second.names and first.split == second.split
-
-
-def test_names_of_slices():
-    assert common.parse_name("patient001_frame01_slice_03") == ("patient001", "patient001_frame01", 3)
-    assert common.parse_name("p_slice12") == ("p", "p", 12)
-    assert common.parse_name("ISIC_0000001") == ("ISIC_0000001", "ISIC_0000001", -1)
-
-
-def test_slices_are_stacked_by_number(tmp_path, options):
-    root = tmp_path / "stack"
-    for part in ("images", "masks"):
-        (root / part).mkdir(parents=True)
-        for p in range(4):
-            for s in (10, 9, 1, 2):
-                Image.fromarray(np.full((16, 16), s if part == "images" else 1, np.uint8)).save(root / part / f"p{p}_slice_{s}.png")
-    data = Data(parse(parser(""), options(root, "--labeled", "1")))
-    data.decode()
-    indices = data.volumes("test")[data.split["test"][0]]
-    assert [int(data.images[i].max()) for i in indices] == [1, 2, 9, 10]
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-def test_images_of_every_kind(tmp_path):
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-    colour = np.stack([grey, grey[::-1], grey.T], -1)
-    files = {"a.png": grey, "b.png": colour, "c.bmp": grey, "d.tif": grey, "e.gif": grey, "f.npy": grey}
-    for name, array in files.items():
-        np.save(tmp_path / name, array) if name.endswith("npy") else Image.fromarray(array).save(tmp_path / name)
-        pixels = common.read_pixels(tmp_path / name)
-        assert np.array_equal(pixels if pixels.ndim == array.ndim else pixels[..., 0], array), name
-    Image.fromarray(np.dstack([colour, grey])).save(tmp_path / "rgba.png")
-    assert np.array_equal(common.read_pixels(tmp_path / "rgba.png"), colour)
-    Image.fromarray(grey > 100).save(tmp_path / "bit.png")
-    assert np.array_equal(common.read_pixels(tmp_path / "bit.png"), (grey > 100) * 255)
-    Image.fromarray(colour).quantize(200).save(tmp_path / "palette.png")
-    assert common.read_pixels(tmp_path / "palette.png").shape == (8, 8, 3)
-
-
-def test_deep_images_are_scaled_by_their_volume(tmp_path):
-    dark, bright = np.linspace(0, 1000, 256).reshape(16, 16), np.linspace(1000, 4000, 256).reshape(16, 16)
-    for name, array in (("a", dark), ("b", bright)):
-        Image.fromarray(array.astype(np.uint16)).save(tmp_path / f"{name}.png")
-        np.save(tmp_path / f"{name}.npy", array.astype(np.float32))
-    for ending in ("png", "npy"):
-        a, b = common.read_volume([tmp_path / f"{name}.{ending}" for name in "ab"], []).values()
-        assert a.dtype == np.uint8 and a.max() <= b.min() + 1  # one scale for both
-        assert a.min() == 0 and b.max() == 255
-        assert common.read_volume([tmp_path / f"a.{ending}"], [])[tmp_path / f"a.{ending}"].max() == 255
-
-
-def test_masks_of_every_kind(tmp_path):
-    classes = np.zeros((8, 8), np.uint8)
-    classes[2:4], classes[5:7] = 1, 2
-    binary, noise = np.minimum(classes, 1), np.random.default_rng(0).integers(0, 9, (8, 8))
-    palette = Image.fromarray(classes)
-    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
-    white = Image.fromarray(1 - binary)  # index 0 is white: the colours count
-    white.putpalette([255, 255, 255, 0, 0, 0])
-    cases = {
-        "classes.png": (Image.fromarray(classes), classes, "classes"),
-        "binary.png": (Image.fromarray(binary * np.uint8(255)), binary, "binary"),
-        "bit.png": (Image.fromarray(binary > 0), binary, "binary"),
-        "palette.png": (palette, classes, "classes"),
-        "white.png": (white, binary, "binary"),
-        "rgb.png": (Image.fromarray(np.stack([binary * 255] * 3, -1).astype(np.uint8)), binary, "binary"),
-        "noisy.png": (Image.fromarray((binary * 240 + noise).astype(np.uint8)), binary, "binary"),
-        "deep.png": (Image.fromarray(classes.astype(np.uint16)), classes, "classes"),
-        "empty.png": (Image.fromarray(0 * classes), 0 * classes, "empty"),
-    }
-    for name, (image, expected, kind) in cases.items():
-        image.save(tmp_path / name)
-        mask, found = common.read_mask(tmp_path / name)
-        assert np.array_equal(mask, expected) and found == kind and mask.dtype == np.uint8, name
-    big = np.kron(binary, np.ones((8, 8), np.uint8))
-    Image.fromarray(big * np.uint8(255)).save(tmp_path / "lossy.jpg", quality=60)
-    assert (common.read_mask(tmp_path / "lossy.jpg")[0] != big).mean() < 0.01
-    np.save(tmp_path / "float.npy", classes.astype(float))
-    assert np.array_equal(common.read_mask(tmp_path / "float.npy")[0], classes)
-
-
-def test_validation_reads_masks_at_their_own_size(make_dataset, options):
-    root = make_dataset(size=50)
-    data = Data(parse(parser(""), options(root)))
-    data.decode()
-    i = data.indices("test")[0]
-    assert data.truth(i).shape == (50, 50) and data.images.shape == (14, 1, 32, 32)
-    assert np.array_equal(data.truth(i), np.asarray(Image.open(root / "masks" / f"{data.names[i]}.png")))
-
-
-def test_images_that_are_not_square(make_dataset, options):
-    root = make_dataset()
-    for path in root.glob("*/*.png"):
-        Image.open(path).resize((40, 24), Image.NEAREST).save(path)
-    data = Data(parse(parser(""), options(root)))
-    data.decode()
-    assert set(data.sizes) == {(24, 40)} and data.truth(0).shape == (24, 40) and data.images.shape[2:] == (32, 32)
-    scores = evaluate(lambda nets, x: {"net": torch.rand(len(x), 3, 32, 32)}, {}, data, "test")
-    assert 0 < scores["net"]["dice"] < 60
-
-
-def test_cache_is_used_renewed_and_whole(make_dataset, options, tmp_path, monkeypatch):
-    root, args = make_dataset(), None
-
-    def decoded():
-        calls.clear()
-        data = Data(parse(parser(""), options(root)))
-        data.decode()
-        return data
-
-    calls, read = [], common.read_pixels
-    monkeypatch.setattr(common, "read_pixels", lambda *a, **k: calls.append(a) or read(*a, **k))
-    first = decoded()
-    assert calls and isinstance(first.images, np.memmap) and isinstance(first.labels, np.memmap)
-    before = first.images.copy()
-    assert np.array_equal(decoded().images, before) and not calls  # the second start reads no image
-    path = root / "images" / f"{first.names[0]}.png"
-    Image.fromarray(np.full((32, 32), 9, np.uint8)).save(path)
-    os.utime(path, (time.time() + 5, time.time() + 5))
-    assert (decoded().images[0] == 9).all()
-    assert not list((tmp_path / "cache").glob("building-*")), args
-
-
-@pytest.mark.parametrize("left", [0, 1000])
-def test_cache_that_lost_its_end_says_so(make_dataset, options, tmp_path, capsys, left):
-    root = make_dataset()
-    Data(parse(parser(""), options(root))).decode()
-    for path in (tmp_path / "cache").iterdir():
-        os.truncate(path, left)
-    with pytest.raises(SystemExit) as stopped:
-        Data(parse(parser(""), options(root))).decode()
-    assert stopped.value.code == 2 and "--cache FOLDER, or delete that one" in capsys.readouterr().err
-
-
-def test_cache_that_fails_leaves_nothing(make_dataset, options, tmp_path, monkeypatch, capsys):
-    resize, calls = Image.Image.resize, []
-
-    def full(image, *more):
-        calls.append(image)
-        if len(calls) == 5:
-            raise OSError("No space left on device")
-        return resize(image, *more)
-    monkeypatch.setattr(Image.Image, "resize", full)
-    with pytest.raises(SystemExit) as stopped:
-        Data(parse(parser(""), options(make_dataset()))).decode()
-    assert stopped.value.code == 2 and "No space left on device" in capsys.readouterr().err
-    assert not list((tmp_path / "cache").iterdir())
-
-
-def test_two_builders_of_one_cache(make_dataset, options, tmp_path, monkeypatch):
-    replace, others = os.replace, []
-
-    def slow(*arguments):
-        if not others:
-            others.append(Data(parse(parser(""), options(tmp_path / "set"))))
-            others[0].decode()  # the other run, which is faster
-        replace(*arguments)
-    monkeypatch.setattr(os, "replace", slow)
-    data = Data(parse(parser(""), options(make_dataset())))
-    data.decode()
-    assert np.array_equal(data.images, others[0].images) and np.array_equal(data.labels, others[0].labels)
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # images, masks, nothing half built
-
-
-def test_phantom_as_files_is_the_phantom(tmp_path, options, capsys, monkeypatch):
-    monkeypatch.setattr(common, "phantom", full_phantom)
-    common.main(["phantom", "--out", str(tmp_path / "ph"), "--size", "32"])
-    memory = Data(parse(parser(""), options()))
-    files = Data(parse(parser(""), options(tmp_path / "ph")))
-    for data in (memory, files):
-        data.decode()
-    assert memory.split == files.split and np.array_equal(memory.images, files.images)
-    assert np.array_equal(memory.labels, files.labels) and memory.classes == files.classes == 4
-    start = time.perf_counter()
-    full_phantom(64)
-    assert time.perf_counter() - start < 4  # two seconds on a quiet machine
-
-
-def test_check_reports_a_dataset(make_dataset, options, tmp_path, capsys):
-    root = make_dataset(units=12, slices=2)
-    common.main(["check", *options(root)])
-    out = capsys.readouterr().out
-    assert "24 images, 24 with masks, 12 units" in out and "unit p00, volume p00_frame01" in out
-    assert "no problem found" in out and Image.open(tmp_path / "runs" / "set" / "check.png").size[0] > 300
-
-
-# --- Run folder -----------------------------------------------------------------------------------
-
-
-def test_two_runs_never_share_a_folder(options, tmp_path):
-    args = parse(parser(""), options())
-    folders = [Run("x", args, Data(args)).folder.name for _ in range(3)]
-    assert folders == [f"x-3-seed0-batch_size_2-size_32-steps_4-unlabeled_batch_2-width_4{s}" for s in ("", "-2", "-3")]
-    saved = json.loads((tmp_path / "runs" / "phantom" / folders[0] / "args.json").read_text())
-    assert saved["steps"] == 4 and saved["precision"] == "fp32" and saved["device"] == "cpu"
-
-
-def test_runs_from_two_files_of_one_name_have_two_folders(options):
-    names = set()
-    for init in ("a/last.pt", "b/last.pt", "/x:y\\z"):
-        args = parse(parser(""), options())
-        args.options = {"init": init}
-        names.add(Run("x", args, Data(args)).folder.name)
-    assert names == {"x-3-seed0-init_a_last.pt", "x-3-seed0-init_b_last.pt", "x-3-seed0-init__x_y_z"}
-
-
-def test_checkpoint_is_whole_or_old(tmp_path):
-    path = tmp_path / "last.pt"
-    common.write_aside(path, lambda p: torch.save({"step": 1}, p))
-
-    def killed(p):
-        p.write_bytes(b"half")
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        common.write_aside(path, killed)
-    assert torch.load(path, weights_only=True) == {"step": 1}
-
-
-def test_a_term_that_is_not_finite_stops_the_run(options, tmp_path, capsys):
-    args = parse(parser(""), options("phantom", "--val-every", "4"))
-    run = Run("x", args, Data(args))
-    net = UNet(1, 4, 4)
-    run.keep({"net": net}, [], lambda nets, x: {"net": nets["net"](x).softmax(1)}, None)
-    with pytest.raises(SystemExit) as stopped:
-        for step in run.steps():
-            run.log(loss=1.0, cons=torch.tensor(float("nan" if step == 2 else 0)))
-            run.save(step)
-    assert stopped.value.code == 1 and "cons is nan between steps 0 and 4" in capsys.readouterr().err
-    assert not (run.folder / "last.pt").exists()
+def test_with_all_labelled_the_unlabelled_stream_has_the_same_images(options):
+    data = Data(parse(parser(""), options("--labeled", "100%")))
+    assert data.indices("unlabeled") == []
+    drawn = [data.draw()[1].tolist() for _ in range(24)]
+    assert sorted(sum(drawn, [])) == sorted(data.indices("labeled"))
 
 
 def test_a_batch_carries_indices_and_maps(options):
-    args = parse(parser(""), options())
-    data = Data(args)
-    data.decode()
-    maps = np.zeros(data.images[:, 0].shape, np.uint8) + np.arange(len(data.names), dtype=np.uint8)[:, None, None] % 250 + 1
+    data = Data(parse(parser(""), options()))
+    numbers = torch.arange(len(data.items), dtype=torch.uint8) % 250 + 1
+    maps = numbers[:, None, None].expand(-1, 32, 32)
     x_l, y_l, x_u, map_u, index_u = data.batch(maps)
-    assert x_l.shape == (2, 1, 32, 32) and y_l.shape == (2, 32, 32) and y_l.dtype == torch.long
-    for i, m in zip(index_u, map_u, strict=True):
-        assert data.units[i] in data.split["unlabeled"] and set(m.unique().tolist()) <= {0, int(i) % 250 + 1}
+    assert x_l.shape == (2, 1, 32, 32)
+    assert y_l.shape == (2, 32, 32) and y_l.dtype == torch.long
+    for i, m in zip(index_u.tolist(), map_u, strict=True):
+        assert data.items[i].unit in data.units("unlabeled")
+        assert set(m.unique().tolist()) <= {0, i % 250 + 1}
     assert data.batch()[3] is None and 0 <= x_u.min() and x_u.max() <= 1
+
+
+def test_a_batch_moves_as_the_options_say(options):
+    """With neither flips nor rotation only the scale changes: the middle stays where it is."""
+    args = parse(parser(""), options("--no-flip", "--rotation", 0, "--unlabeled-batch", 24))
+    data = Data(args)
+    rows = torch.arange(32, dtype=torch.uint8)[:, None].expand(32, 32) + 1
+    maps = rows.expand(len(data.items), -1, -1)
+    map_u = data.batch(maps)[3].long()
+    inside = map_u[:, 8:24, 8:24]
+    assert (inside == inside[:, :, :1]).all()  # no row is turned
+    assert (inside.diff(dim=1) >= 0).all()  # and none mirrored
+    turned = Data(parse(parser(""), options("--no-flip", "--unlabeled-batch", 24))).batch(maps)[3]
+    mirrored = Data(parse(parser(""), options("--rotation", 0, "--unlabeled-batch", 24)))
+    mirrored = mirrored.batch(maps)[3].long()[:, 8:24, 8:24]
+    assert not (turned[:, 8:24, 8:24] == turned[:, 8:24, 8:9]).all()
+    assert not (mirrored.diff(dim=1) >= 0).all()

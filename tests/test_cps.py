@@ -1,10 +1,11 @@
-"""Every equation of cps.py, by hand, by a naive loop, in closed form, and where its gradient goes."""
-import csv
+"""Every equation of cps.py: by hand, by a naive loop, in closed form; where its gradient goes."""
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_folder
+from conftest import last_of
+from make_traces import rows_of
 
 import cps
 
@@ -13,12 +14,15 @@ def test_eq1_cps_loss_by_hand():
     for classes in (2, 3, 5):
         zeros = torch.zeros(2, classes, 3, 4)
         label = torch.randint(classes, (2, 3, 4))
-        assert cps.cps_loss(zeros, zeros, label, label).item() == pytest.approx(2 * math.log(classes))
+        expected = 2 * math.log(classes)
+        assert cps.cps_loss(zeros, zeros, label, label).item() == pytest.approx(expected)
     # one pixel, P_1 = (3/4, 1/4), P_2 = (1/5, 4/5): Ŷ_1 = 0, Ŷ_2 = 1
-    logits_1, logits_2 = (torch.tensor(p).log().view(1, 2, 1, 1) for p in ((0.75, 0.25), (0.2, 0.8)))
-    loss = cps.cps_loss(logits_1, logits_2, logits_1.argmax(1), logits_2.argmax(1))
+    logits_1 = torch.tensor([0.75, 0.25]).log().view(1, 2, 1, 1)
+    logits_2 = torch.tensor([0.2, 0.8]).log().view(1, 2, 1, 1)
+    label_1, label_2 = logits_1.argmax(1), logits_2.argmax(1)
+    loss = cps.cps_loss(logits_1, logits_2, label_1, label_2)
     assert loss.item() == pytest.approx(-math.log(0.25) - math.log(0.2))
-    assert cps.cps_loss(50 * logits_1, 50 * logits_1, logits_1.argmax(1), logits_1.argmax(1)).item() < 1e-6
+    assert cps.cps_loss(50 * logits_1, 50 * logits_1, label_1, label_1).item() < 1e-6
 
 
 def test_eq1_cps_loss_naive_loop():
@@ -30,7 +34,8 @@ def test_eq1_cps_loss_naive_loop():
             for j in range(5):
                 total -= logits_1[b, :, i, j].softmax(0)[label_2[b, i, j]].log().item()
                 total -= logits_2[b, :, i, j].softmax(0)[label_1[b, i, j]].log().item()
-    assert cps.cps_loss(logits_1, logits_2, label_1, label_2).item() == pytest.approx(total / 40, rel=1e-5)
+    found = cps.cps_loss(logits_1, logits_2, label_1, label_2).item()
+    assert found == pytest.approx(total / 40, rel=1e-5)
 
 
 def test_eq1_cps_loss_gradient():
@@ -54,7 +59,8 @@ def test_eq2_cutmix_mask_naive_loop():
     for b in range(2):
         for k in range(3):
             side = math.sqrt(share[b].item() / 3)
-            h, w = min(24, 24 * side * math.exp(aspect[b, k])), min(16, 16 * side * math.exp(-aspect[b, k]))
+            h = min(24, 24 * side * math.exp(aspect[b, k]))
+            w = min(16, 16 * side * math.exp(-aspect[b, k]))
             y0, x0 = top[b, k].item() * (24 - h), left[b, k].item() * (16 - w)
             for i in range(24):
                 for j in range(16):
@@ -66,9 +72,9 @@ def test_eq2_cutmix_mask_naive_loop():
 def test_eq2_cutmix_mask_area():
     torch.manual_seed(0)
     one = cps.cutmix_mask(200, 64, 64, 1, (0.25, 0.5), "cpu").float().mean((1, 2))
-    assert 0.22 < one.min() < 0.3 and 0.45 < one.max() < 0.53  # one box: its area is the drawn share
+    assert 0.22 < one.min() < 0.3 and 0.45 < one.max() < 0.53  # one box: the share that was drawn
     three = cps.cutmix_mask(200, 64, 64, 3, (0.25, 0.5), "cpu").float().mean((1, 2))
-    assert three.max() < 0.53 and 0.2 < three.mean() < 0.375  # overlap only makes the union smaller
+    assert three.max() < 0.53 and 0.2 < three.mean() < 0.375  # overlap makes the union smaller
     assert len(set(three.tolist())) > 100  # another mask for each image
 
 
@@ -88,30 +94,44 @@ def test_eq3_cutmix_naive_loop():
     for b in range(4):
         for i in range(5):
             for j in range(6):
-                assert torch.equal(mixed[b, :, i, j], x[(b - 1) % 4 if mask[b, i, j] else b, :, i, j])
+                source = b
+                if mask[b, i, j]:
+                    source = (b - 1) % 4
+                assert torch.equal(mixed[b, :, i, j], x[source, :, i, j])
 
 
-@pytest.mark.parametrize("more, lam", [((), 0.3), (("--no-cutmix",), 0.3), (("--weight", "3"), 3.0)])
-def test_eq4_main_total_objective(options, tmp_path, more, lam):
-    cps.main(options("phantom", *more, "--val-every", "1", steps=2))
-    rows = list(csv.DictReader(open(run_folder(tmp_path / "runs") / "log.csv")))
+@pytest.mark.parametrize("more, lam", [
+    ((), 0.3), (("--no-cutmix",), 0.3), (("--weight", "3"), 3.0)])
+def test_eq4_main_total_objective(options, more, lam):
+    rows = rows_of(cps.main(options(*more, "--val-every", "1", steps=2))["folder"])
+    assert len(rows) == 2
     for row in rows:
-        row = {k: float(v) for k, v in row.items()}
         assert row["lam"] == pytest.approx(lam) and row["cps"] > 0
         assert row["loss"] == pytest.approx(row["sup"] + row["lam"] * row["cps"], rel=1e-5)
 
 
-def test_both_networks_differ_from_the_start_and_learn(options, tmp_path):
+def test_without_cutmix_labelled_images_count_too(options):
+    """In the first step both runs have the same networks and images, one has about twice L_cps."""
+    argv = options("--val-every", "1", steps=1)
+    [mixed] = rows_of(cps.main(argv)["folder"])
+    [plain] = rows_of(cps.main([*argv, "--no-cutmix"])["folder"])
+    assert 1.5 < plain["cps"] / mixed["cps"] < 2.5
+
+
+def test_both_networks_differ_from_the_start_and_learn(options):
     torch.manual_seed(0)
-    nets = cps.build(1, 3, 4)
-    first = {name: net.head.weight.clone() for name, net in nets.items()}
-    assert not torch.equal(first["network 1"], first["network 2"])
-    results = cps.main(options("phantom", steps=2))
+    first = {name: network.state_dict() for name, network in cps.build(1, 4, 4).items()}
+    assert not torch.equal(first["network 1"]["head.weight"], first["network 2"]["head.weight"])
+    results = cps.main(options(steps=2))  # its seed is 0 too
     assert list(results["networks"]) == ["network 1", "network 2", "ensemble"]
+    last = last_of(Path(results["folder"]))["networks"]
+    for name, weights in first.items():
+        change = (last[name]["head.weight"] - weights["head.weight"]).abs()
+        assert 0 < change.max() < 0.01
 
 
 def test_ensemble_is_the_mean_of_both():
-    nets = cps.build(1, 3, 4)
-    probs = cps.predict(nets, torch.rand(2, 1, 16, 16))
+    networks = cps.build(1, 3, 4)
+    probs = cps.predict(networks, torch.rand(2, 1, 16, 16))
     torch.testing.assert_close(probs["ensemble"], (probs["network 1"] + probs["network 2"]) / 2)
     torch.testing.assert_close(probs["ensemble"].sum(1), torch.ones(2, 16, 16))

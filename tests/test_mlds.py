@@ -1,16 +1,19 @@
-"""Every equation of mlds.py, by hand, by a naive loop, in closed form; boxes and tags, from files to pseudo-labels."""
-import csv
+"""Every equation of mlds.py: by hand, by a naive loop, in closed form; what its heads learn from.
+
+Boxes and tags, from files to the maps of Eq. (3), are in test_annotations.py.
+"""
 import math
-import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import full_phantom, run_folder
+from conftest import last_of
+from make_traces import rows_of
 from PIL import Image
 
-import common
 import mlds
+from common import Data, draw_phantom, parse, parser, strong, supervised_loss
 
 DRAWN = torch.tensor([[[0, 0, 1, 1],  # by hand: class 1 in the corner, one pixel of class 2
                        [0, 2, 1, 1],
@@ -18,30 +21,30 @@ DRAWN = torch.tensor([[[0, 0, 1, 1],  # by hand: class 1 in the corner, one pixe
                        [0, 0, 0, 0]]])
 
 
-def bits(allowed):
+def classes_in(bits):
+    """A number whose bit c says whether class c is in a set -> the sorted classes of the set."""
+    return [c for c in range(8) if int(bits) >> c & 1]
+
+
+def words(allowed):
     """A map of bits -> at each pixel the string of its classes."""
-    return [["".join(str(c) for c in range(8) if int(v) >> c & 1) for v in row] for row in allowed]
+    return [["".join(map(str, classes_in(bits))) for bits in row] for row in allowed]
 
 
-def write(path, text):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+def all_equal(parameters, others):
+    return all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
 
 
-def make_data(argv, own=("--boxes", "--tags")):
-    options = common.parser("")
-    for name in own:
-        options.add_argument(name)
-    args = common.parse(options, argv)
-    return common.Data(args), args
-
+# --- Equations ------------------------------------------------------------------------------------
 
 def test_eq1_multi_label_target_by_hand():
-    half = mlds.multi_label_target(DRAWN, 3, 2)  # cells of 2 x 2 pixels: {0, 2}, {1} above, {0}, {0} below
+    half = mlds.multi_label_target(DRAWN, 3, 2)  # cells of 2 x 2: {0, 2}, {1} above, {0}, {0} below
     assert half[0].tolist() == [[[1, 0], [1, 1]], [[0, 1], [0, 0]], [[1, 0], [0, 0]]]
-    assert mlds.multi_label_target(DRAWN, 4, 1)[0, :, 0, 0].tolist() == [1, 1, 1, 0]  # the whole image; class 3 absent
+    whole = mlds.multi_label_target(DRAWN, 4, 1)  # one cell; class 3 is absent
+    assert whole[0, :, 0, 0].tolist() == [1, 1, 1, 0]
     full = mlds.multi_label_target(DRAWN, 3, 4)  # full resolution: the one-hot mask
-    assert torch.equal(full.argmax(1), DRAWN) and torch.equal(full.sum(1), torch.ones(1, 4, 4))
+    assert torch.equal(full.argmax(1), DRAWN)
+    assert torch.equal(full.sum(1), torch.ones(1, 4, 4))
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 8, 16])
@@ -53,42 +56,49 @@ def test_eq1_multi_label_target_naive_loop(side):
     for b in range(2):
         for i in range(side):
             for j in range(side):
-                cell = set(y[b, i * k:(i + 1) * k, j * k:(j + 1) * k].flatten().tolist())
+                cell = y[b, i * k:(i + 1) * k, j * k:(j + 1) * k].flatten().tolist()
                 assert target[b, :, i, j].tolist() == [float(c in cell) for c in range(5)]
 
 
 def test_eq2_mlds_loss_by_hand():
     for depths in (1, 3):  # σ(0) = 1/2 costs log 2, whatever the target; depths add up
         zeros = [torch.zeros(2, 3, 2**d, 2**d) for d in range(depths)]
-        assert mlds.mlds_loss(zeros, torch.randint(3, (2, 4, 4))).item() == pytest.approx(depths * math.log(2))
-    # one cell of the classes {0, 2}, probabilities (1/2, 1/4, 3/4): mean of -log 1/2, -log 3/4, -log 3/4
+        loss = mlds.mlds_loss(zeros, torch.randint(3, (2, 4, 4)))
+        assert loss.item() == pytest.approx(depths * math.log(2))
+    # one cell of the classes {0, 2}, probabilities (1/2, 1/4, 3/4): -log of 1/2, 3/4 and 3/4
     z = torch.tensor([0.5, 0.25, 0.75]).logit().view(1, 3, 1, 1)
     y = torch.tensor([[[0, 0], [0, 2]]])
-    assert mlds.mlds_loss([z], y).item() == pytest.approx((math.log(2) - 2 * math.log(0.75)) / 3)
+    expected = (math.log(2) - 2 * math.log(0.75)) / 3
+    assert mlds.mlds_loss([z], y).item() == pytest.approx(expected)
     sure = [100 * mlds.multi_label_target(y, 3, side) - 50 for side in (1, 2)]
     assert mlds.mlds_loss(sure, y).item() < 1e-6  # right and sure at both depths
     assert mlds.mlds_loss([], y[:0]) == 0  # --variant mlds: no unlabelled image
 
 
 def test_eq2_mlds_loss_naive_loop():
-    y, multi, total = torch.randint(3, (2, 8, 8)), [torch.randn(2, 3, s, s) for s in (2, 4, 8)], 0.0
+    y, total = torch.randint(3, (2, 8, 8)), 0.0
+    multi = [torch.randn(2, 3, side, side) for side in (2, 4, 8)]
     for z in multi:
-        s, k, depth = z.shape[2], 8 // z.shape[2], 0.0
+        side, k, depth = z.shape[2], 8 // z.shape[2], 0.0
         for b in range(2):
             for c in range(3):
-                for i in range(s):
-                    for j in range(s):
+                for i in range(side):
+                    for j in range(side):
                         p = torch.sigmoid(z[b, c, i, j]).item()
-                        here = (y[b, i * k:(i + 1) * k, j * k:(j + 1) * k] == c).any()
-                        depth -= math.log(p if here else 1 - p)
-        total += depth / (2 * 3 * s * s)
+                        cell = y[b, i * k:(i + 1) * k, j * k:(j + 1) * k]
+                        if not (cell == c).any():
+                            p = 1 - p
+                        depth -= math.log(p)
+        total += depth / (2 * 3 * side * side)
     assert mlds.mlds_loss(multi, y).item() == pytest.approx(total, rel=1e-5)
-    twice = [torch.cat([z, z]) for z in multi]  # a mean over images: the batch size does not matter
-    assert mlds.mlds_loss(twice, torch.cat([y, y])).item() == pytest.approx(total, rel=1e-5)
+    twice = [torch.cat([z, z]) for z in multi]  # a mean over images: batch size does not matter
+    loss = mlds.mlds_loss(twice, torch.cat([y, y]))
+    assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_eq2_mlds_loss_gradient():
-    y, multi = torch.randint(3, (2, 4, 4)), [torch.randn(2, 3, s, s, requires_grad=True) for s in (1, 4)]
+    y = torch.randint(3, (2, 4, 4))
+    multi = [torch.randn(2, 3, side, side, requires_grad=True) for side in (1, 4)]
     mlds.mlds_loss(multi, y).backward()
     for z in multi:
         target = mlds.multi_label_target(y, 3, z.shape[2])
@@ -96,80 +106,106 @@ def test_eq2_mlds_loss_gradient():
 
 
 def test_eq3_allowed_map_by_hand():
-    left, everywhere = (1, 0.25, 0.5, 0.5, 1), 2 * (0.5,) + (1, 1)  # a box of class 1: the left half
-    assert bits(mlds.allowed_map(2, 3, [])) == [["012", "012"]] * 2  # nothing is known
-    assert bits(mlds.allowed_map(2, 3, [[left]])) == [["01", "0"]] * 2
-    assert bits(mlds.allowed_map(2, 3, [[(2, *everywhere)]])) == [["02", "02"]] * 2  # a tag
-    assert bits(mlds.allowed_map(2, 3, [[]])) == [["0", "0"]] * 2  # an empty file: background only
+    left = (1, 0.25, 0.5, 0.5, 1)  # a box of class 1: the left half
     top = (2, 0.5, 0.25, 1, 0.5)
-    assert bits(mlds.allowed_map(2, 3, [[left, top]])) == [["012", "02"], ["01", "0"]]
-    both = mlds.allowed_map(2, 3, [[left, top], [(2, *everywhere)]])  # boxes of 1 and 2, tag 2: the intersection
-    assert bits(both) == [["02", "02"], ["0", "0"]]
+    tag = (2, 0.5, 0.5, 1, 1)
+    assert words(mlds.allowed_map(2, 3, [])) == [["012", "012"]] * 2  # nothing is known
+    assert words(mlds.allowed_map(2, 3, [[left]])) == [["01", "0"]] * 2
+    assert words(mlds.allowed_map(2, 3, [[tag]])) == [["02", "02"]] * 2
+    assert words(mlds.allowed_map(2, 3, [[]])) == [["0", "0"]] * 2  # empty file: background only
+    assert words(mlds.allowed_map(2, 3, [[left, top]])) == [["012", "02"], ["01", "0"]]
+    both = mlds.allowed_map(2, 3, [[left, top], [tag]])  # boxes of 1 and 2, tag 2: what both allow
+    assert words(both) == [["02", "02"], ["0", "0"]]
     mask = torch.tensor([[0, 1], [2, 7]])
-    assert bits(mlds.allowed_map(2, 8, [], mask)) == [["0", "1"], ["2", "7"]]
+    assert words(mlds.allowed_map(2, 8, [], mask)) == [["0", "1"], ["2", "7"]]
     assert mlds.allowed_map(2, 8, []).tolist() == [[255, 255]] * 2  # eight classes fill the uint8
 
 
+def draw_boxes(rng):
+    """Three boxes (c, cx, cy, w, h) of classes 1 to 3, of any place and size."""
+    boxes = []
+    for _ in range(3):
+        left, right = np.sort(rng.random(2)).tolist()
+        top, bottom = np.sort(rng.random(2)).tolist()
+        centre = (left + right) / 2, (top + bottom) / 2
+        boxes.append((int(rng.integers(1, 4)), *centre, right - left, bottom - top))
+    return boxes
+
+
+def touches(i, size, centre, extent):
+    """Is more than 0.01 of pixel i inside a box, along one side?"""
+    first, end = size * (centre - extent / 2), size * (centre + extent / 2)
+    return i + 0.01 < end and i + 0.99 > first
+
+
 def test_eq3_allowed_map_naive_loop():
-    """A pixel that a box touches is inside it, for boxes of any place and size."""
+    """A pixel that a box touches is inside it."""
     rng = np.random.default_rng(0)
     for _ in range(20):
-        limits = []
-        for _ in range(2):
-            x, y = np.sort(rng.random((3, 2))), np.sort(rng.random((3, 2)))
-            limits.append([(int(rng.integers(1, 4)), *(x[k].mean(), y[k].mean()), np.ptp(x[k]), np.ptp(y[k])) for k in range(3)])
+        limits = [draw_boxes(rng), draw_boxes(rng)]
         allowed = mlds.allowed_map(16, 4, limits)
         for i in range(16):
             for j in range(16):
                 expected = {0, 1, 2, 3}
                 for boxes in limits:
-                    expected &= {0} | {c for c, cx, cy, w, h in boxes if (j + 0.01) / 16 < cx + w / 2 and (j + 0.99) / 16 > cx - w / 2
-                                       and (i + 0.01) / 16 < cy + h / 2 and (i + 0.99) / 16 > cy - h / 2}
-                assert int(allowed[i, j]) == sum(1 << c for c in expected)
+                    inside = {0}
+                    for c, cx, cy, w, h in boxes:
+                        if touches(i, 16, cy, h) and touches(j, 16, cx, w):
+                            inside.add(c)
+                    expected &= inside
+                assert classes_in(allowed[i, j]) == sorted(expected)
 
 
-def test_eq3_allowed_map_of_derived_boxes_holds_the_mask():
-    """At any size: the resized mask lies inside its own boxes and tags."""
-    _, _, masks, _ = full_phantom(100, patients=1)
+def test_eq3_allowed_map_of_derived_boxes_holds_the_mask(tmp_path):
+    """At any size: the resized mask lies inside its own boxes."""
+    draw_phantom(tmp_path / "one", 100, patients=1)
+    masks = [Image.open(path) for path in sorted(tmp_path.glob("one/masks/*"))]
+    assert len(masks) == 8
     for mask in masks:
+        boxes = mlds.boxes_of(np.asarray(mask))
         for size in (32, 48, 100, 128):
-            resized = np.asarray(Image.fromarray(mask).resize((size, size), Image.NEAREST))
-            allowed = mlds.allowed_map(size, 4, [common.boxes_of(mask)]).numpy()
-            assert ((allowed >> resized) & 1).all() and (allowed[:, 0] == 1).any()
-    written = [(c, *(round(v, 6) for v in box)) for c, *box in common.boxes_of(masks[0])]  # as a file has them
-    assert torch.equal(mlds.allowed_map(100, 4, [written]), mlds.allowed_map(100, 4, [common.boxes_of(masks[0])]))
+            resized = np.asarray(mask.resize((size, size), Image.NEAREST))
+            allowed = mlds.allowed_map(size, 4, [boxes]).numpy()
+            assert resized.any() and ((allowed >> resized) & 1).all()
+            assert (allowed[:, 0] == 1).any()
+    written = [(c, *(round(value, 6) for value in box)) for c, *box in boxes]  # as a file has them
+    assert written != boxes
+    exact = mlds.allowed_map(100, 4, [boxes])
+    assert torch.equal(mlds.allowed_map(100, 4, [written]), exact)
 
 
 def test_eq4_pseudo_label_by_hand():
-    logits = torch.tensor([1.0, 3.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 1, 5)  # class 1 before 2 before 0
+    logits = torch.tensor([1.0, 3.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 1, 5)  # 1, then 2, then 0
     allowed = torch.tensor([[[0b111, 0b101, 0b011, 0b001, 0]]], dtype=torch.uint8)
     assert mlds.pseudo_label(logits, allowed).tolist() == [[[1, 2, 1, 0, 0]]]
-    y = torch.randint(8, (2, 4, 4))  # a mask allows itself alone
-    assert torch.equal(mlds.pseudo_label(torch.randn(2, 8, 4, 4), (1 << y).to(torch.uint8)), y)
+    logits, y = torch.randn(2, 8, 4, 4), torch.randint(8, (2, 4, 4))
+    assert torch.equal(mlds.pseudo_label(logits, (1 << y).to(torch.uint8)), y)  # a mask: itself
     everything = torch.full((2, 4, 4), 255, dtype=torch.uint8)
-    logits = torch.randn(2, 8, 4, 4)
     assert torch.equal(mlds.pseudo_label(logits, everything), logits.argmax(1))
 
 
 def test_eq4_pseudo_label_naive_loop():
-    logits, allowed = torch.randn(2, 8, 6, 6), torch.randint(256, (2, 6, 6), dtype=torch.uint8)
+    logits = torch.randn(2, 8, 6, 6)
+    allowed = torch.randint(256, (2, 6, 6), dtype=torch.uint8)
     label = mlds.pseudo_label(logits, allowed)
     for b in range(2):
         for i in range(6):
             for j in range(6):
-                classes = [c for c in range(8) if int(allowed[b, i, j]) >> c & 1] or [0]
-                assert label[b, i, j] == max(classes, key=lambda c: logits[b, c, i, j])
+                classes = classes_in(allowed[b, i, j]) or [0]
+                assert label[b, i, j] in classes
+                assert logits[b, label[b, i, j], i, j] == logits[b, classes, i, j].max()
 
 
 def test_eq5_ema_decay():
     assert [mlds.ema_decay(t, 0.99) for t in (0, 1, 2, 3)] == [0, 1 / 2, 1 - 1 / 3, 3 / 4]
-    assert mlds.ema_decay(99, 0.99) == pytest.approx(0.99) and mlds.ema_decay(10**6, 0.99) == 0.99
+    assert mlds.ema_decay(99, 0.99) == pytest.approx(0.99)
+    assert mlds.ema_decay(10**6, 0.99) == 0.99
 
 
 def test_eq6_ema_update_by_hand_and_naive_loop():
-    nets = mlds.build(1, 2, 4)
-    student, teacher = nets["student"], nets["teacher"]
-    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
+    networks = mlds.build(1, 2, 4)
+    student, teacher = networks["student"], networks["teacher"]
+    assert all_equal(teacher.parameters(), student.parameters())
     with torch.no_grad():
         for p in student.parameters():
             p.add_(1)
@@ -178,270 +214,140 @@ def test_eq6_ema_update_by_hand_and_naive_loop():
     mlds.ema_update(teacher, student, 0.75)
     for old, new in zip(before, teacher.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.25)
-    assert all(not b.any() for name, b in teacher.named_buffers() if "running_mean" in name)
+    means = [b for name, b in teacher.named_buffers() if "running_mean" in name]
+    assert means and not torch.cat(means).any()
     before = [p.clone() for p in student.parameters()]
     mlds.ema_update(student, student, 0.9)  # Self-Taught: its own teacher, nothing changes
-    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    assert all_equal(before, student.parameters())
 
 
-@pytest.mark.parametrize("variant, lam", [("mean", 3.0), ("self", 3.0), ("mlds", 0.0)])
-def test_eq7_main_total_objective(variant, lam, make_dataset, options, tmp_path):
-    results = mlds.main(options(make_dataset(), "--variant", variant, "--weight", "3", "--val-every", "1", steps=2))
-    for row in csv.DictReader(open(run_folder(tmp_path / "runs") / "log.csv")):
-        row = {k: float(v) for k, v in row.items()}
-        assert (row["lam"] > 0) == (lam > 0) and (row["pseudo"] > 0) == (row["agreement"] > 0) == (variant != "mlds")
-        assert row["loss"] == pytest.approx(row["sup"] + row["mlds"] + row["lam"] * row["pseudo"], rel=1e-5)
-    assert row["lam"] == lam  # after the ramp
-    assert list(results["networks"]) == (["teacher", "student"] if variant == "mean" else ["student"])
-    saved = torch.load(run_folder(tmp_path / "runs") / "last.pt", weights_only=True)["networks"]
-    assert set(saved) == set(results["networks"])
+@pytest.mark.parametrize("variant, lam, networks", [
+    ("mean", 3.0, ["teacher", "student"]), ("self", 3.0, ["student"]), ("mlds", 0.0, ["student"])])
+def test_eq7_main_total_objective(variant, lam, networks, options):
+    argv = options("--variant", variant, "--weight", "3", "--val-every", "1", steps=2)
+    results = mlds.main(argv)
+    rows = rows_of(results["folder"])
+    assert len(rows) == 2
+    for row in rows:
+        assert (row["lam"] > 0) == (lam > 0)
+        assert (row["pseudo"] > 0) == (row["agreement"] > 0) == (variant != "mlds")
+        total = row["sup"] + row["mlds"] + row["lam"] * row["pseudo"]
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+    assert rows[-1]["lam"] == lam  # after the ramp
+    assert sorted(results["networks"]) == sorted(networks)
+    assert results["headline"]["network"] == networks[0]
+    saved = last_of(Path(results["folder"]))["networks"]
+    assert set(saved) == set(networks)
     if variant == "mean":  # batch statistics of its own, weights behind the student's
-        key = next(k for k in saved["teacher"] if "running_mean" in k)
-        assert saved["teacher"][key].any() and not torch.equal(saved["teacher"][key], saved["student"][key])
-        assert not torch.equal(saved["teacher"]["clean.weight"], saved["student"]["clean.weight"])
+        student, teacher = saved["student"], saved["teacher"]
+        key = next(key for key in teacher if "running_mean" in key)
+        assert teacher[key].any() and not torch.equal(teacher[key], student[key])
+        assert not torch.equal(teacher["clean.weight"], student["clean.weight"])
 
 
-def test_variant_mlds_sees_no_unlabelled_image(make_dataset, options, tmp_path):
-    root, texts = make_dataset(), []
-    for content in ("given", "noise"):
-        if content == "noise":
-            data, _ = make_data(options(root))
-            for i in data.indices("unlabeled"):
-                noise = np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)
-                Image.fromarray(noise).save(root / "images" / f"{data.names[i]}.png")
-        mlds.main(options(root, "--variant", "mlds", "--val-every", "1", steps=2))
-        texts.append((run_folder(tmp_path / "runs") / "log.csv").read_text())
-    assert texts[0] == texts[1]
+# --- What learns from what ------------------------------------------------------------------------
+
+def test_variant_mlds_sees_no_unlabelled_image(make_dataset, options):
+    root = make_dataset()
+    argv = options("--variant", "mlds", "--val-every", "1", data=root, steps=2)
+    given = mlds.main(argv)
+    data = Data(parse(parser(""), options(data=root)))
+    rng = np.random.default_rng(0)
+    for i in data.indices("unlabeled"):
+        noise = rng.integers(0, 255, (32, 32), dtype=np.uint8)
+        Image.fromarray(noise).save(data.items[i].image)
+    noisy = mlds.main(argv)
+    assert rows_of(given["folder"]) == rows_of(noisy["folder"])
+    assert given["networks"] == noisy["networks"]
 
 
 def test_network_has_a_head_for_the_bottleneck_and_every_stage():
-    net = mlds.build(3, 5, 4)["student"]
-    clean, multi = net(torch.rand(2, 3, 32, 32))
-    assert clean.shape == (2, 5, 32, 32) and [z.shape for z in multi] == [(2, 5, s, s) for s in (2, 4, 8, 16, 32)]
-    for head in net.heads:  # 1x1 conv to 64, BN, ReLU, 1x1 conv
-        assert [type(m).__name__ for m in head] == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d"]
-        assert head[0].kernel_size == head[3].kernel_size == (1, 1) and head[0].out_channels == 64
-    for d in range(5):  # each trains the stages before it, the bottleneck's the encoder alone
-        net.zero_grad()
-        net(torch.rand(2, 3, 32, 32))[1][d].square().mean().backward()
-        assert net.encoder.blocks[4][0].weight.grad.any()
-        assert [block.up.weight.grad is not None for block in net.decoder.blocks] == [d > k for k in range(4)]
-    clean, multi = net(torch.rand(0, 3, 32, 32))
+    network = mlds.build(3, 5, 4)["student"]
+    clean, multi = network(torch.rand(2, 3, 32, 32))
+    assert clean.shape == (2, 5, 32, 32)
+    assert [z.shape for z in multi] == [(2, 5, side, side) for side in (2, 4, 8, 16, 32)]
+    for head in network.heads:  # 1x1 conv to 64, BN, ReLU, 1x1 conv
+        kinds = [type(module).__name__ for module in head]
+        assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d"]
+        assert head[0].kernel_size == head[3].kernel_size == (1, 1)
+        assert head[0].out_channels == 64
+    for depth in range(5):  # each trains the stages before it, the bottleneck's the encoder alone
+        network.zero_grad()
+        network(torch.rand(2, 3, 32, 32))[1][depth].square().mean().backward()
+        assert network.encoder.blocks[4][0].weight.grad.any()
+        trained = [block.up.weight.grad is not None for block in network.decoder.blocks]
+        assert trained == [depth > k for k in range(4)]
+    clean, multi = network(torch.rand(0, 3, 32, 32))
     assert clean.shape == (0, 5, 32, 32) and multi == []
 
 
 def test_pseudo_labels_never_reach_the_clean_head():
-    net = mlds.build(1, 3, 4)["student"]
-    clean, multi = net(torch.rand(2, 1, 16, 16))
+    network = mlds.build(1, 3, 4)["student"]
+    _, multi = network(torch.rand(2, 1, 16, 16))
     mlds.mlds_loss(multi, torch.randint(3, (2, 16, 16))).backward()
-    assert net.clean.weight.grad is None and net.clean.bias.grad is None
-    shared = [*net.encoder.parameters(), *net.decoder.parameters()]
-    for p in [*net.heads.parameters(), *shared]:
+    assert network.clean.weight.grad is None and network.clean.bias.grad is None
+    shared = [*network.encoder.parameters(), *network.decoder.parameters()]
+    for p in [*network.heads.parameters(), *shared]:
         assert p.grad is not None
-    assert all(head[3].weight.grad.any() for head in net.heads) and any(p.grad.any() for p in shared)
-    net.zero_grad()
-    clean, multi = net(torch.rand(2, 1, 16, 16))
+    assert all(head[3].weight.grad.any() for head in network.heads)
+    assert any(p.grad.any() for p in shared)
+    network.zero_grad()
+    clean, _ = network(torch.rand(2, 1, 16, 16))
     torch.nn.functional.cross_entropy(clean, torch.randint(3, (2, 16, 16))).backward()
-    assert net.clean.weight.grad.any() and all(p.grad is None for p in net.heads.parameters())
+    assert network.clean.weight.grad.any()
+    assert all(p.grad is None for p in network.heads.parameters())
 
 
-def test_in_training_the_clean_head_learns_from_masks_alone(make_dataset, options, tmp_path, monkeypatch):
-    """With the supervised terms at zero, a whole run leaves the clean head at its start."""
-    monkeypatch.setattr(mlds, "supervised_loss", lambda logits, y: 0 * logits.sum())
-    starts, build = [], mlds.build
-
-    def remember(*shape):
-        nets = build(*shape)
-        starts.extend((nets["student"].clean.weight.clone(), nets["student"].heads[0][3].weight.clone()))
-        return nets
-    monkeypatch.setattr(mlds, "build", remember)
-    monkeypatch.setattr(mlds, "WEIGHT_DECAY", 0.0)
-    mlds.main(options(make_dataset(), "--weight", "3", steps=2))
-    saved = torch.load(run_folder(tmp_path / "runs") / "last.pt", weights_only=True)["networks"]["student"]
-    torch.testing.assert_close(saved["clean.weight"], starts[0], rtol=0, atol=0)
-    assert not torch.equal(saved["heads.0.3.weight"], starts[1])
+def first_step(argv):
+    """A run's first step, by hand: the student, its losses L_sup and L_MLDS(y), multi_u."""
+    args = parse(parser(""), argv)
+    data = Data(args)
+    torch.manual_seed(args.seed)
+    student = mlds.build(data.channels, data.classes, args.width)["student"]
+    x_l, y_l, x_u, _, _ = data.batch()
+    x_ls, x_us = strong(x_l), strong(x_u)
+    logits_l, multi_l = student(x_ls)
+    _, multi_u = student(x_us)
+    return student, supervised_loss(logits_l, y_l), mlds.mlds_loss(multi_l, y_l), multi_u
 
 
-def brute_force(mask):
-    """Flood fill, a pixel at a time -> {(class, top, left, bottom, right)}."""
-    left, boxes = {tuple(p) for p in np.argwhere(mask > 0)}, []
-    while left:
-        stack, region = [left.pop()], []
-        while stack:
-            y, x = stack.pop()
-            region.append((y, x))
-            for q in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                if q in left and mask[q] == mask[y, x]:
-                    left.remove(q)
-                    stack.append(q)
-        ys, xs = zip(*region, strict=True)
-        boxes.append((int(mask[region[0]]), min(ys), min(xs), max(ys) + 1, max(xs) + 1))
-    return sorted(boxes)
+def test_in_training_the_clean_head_learns_from_masks_alone(options):
+    """In a run whose λ is large its gradient is that of L_sup, the other heads' is not.
+
+    The run's gradients are read from AdamW's state: its first mean of them is 0.1 of the first.
+    """
+    argv = options(steps=1)
+    results = mlds.main([*argv, "--weight", "300"])
+    optimizer, _ = last_of(Path(results["folder"]))["parts"]
+    student, loss_sup, loss_mlds, _ = first_step(argv)
+    (loss_sup + loss_mlds).backward()
+    assert rows_of(results["folder"])[0]["lam"] > 1
+    clean, heads = 0, 0
+    for number, (name, p) in enumerate(student.named_parameters()):
+        gradient = optimizer["state"][number]["exp_avg"] / 0.1
+        alike = torch.allclose(gradient, p.grad, rtol=1e-3, atol=1e-5)
+        if name.startswith("clean."):
+            assert gradient.any() and alike
+            clean += 1
+        if name.startswith("heads.") and name.endswith("3.weight"):
+            assert not alike
+            heads += 1
+    assert (clean, heads) == (2, 5)
 
 
-def test_boxes_of_brute_force():
-    rng, masks = np.random.default_rng(0), [np.zeros((5, 7), np.uint8), np.ones((4, 4), np.uint8), np.eye(6, dtype=np.uint8)]
-    for classes in (2, 3, 5):
-        masks += [rng.integers(0, classes, (h, w)).astype(np.uint8) for h, w in ((1, 9), (9, 1), (20, 20), (16, 30))]
-        coarse = rng.integers(0, classes, (6, 6)).astype(np.uint8)
-        masks.append(coarse.repeat(4, 0).repeat(5, 1))
-    spiral = np.array([list(map(int, row)) for row in ("1111111", "0000001", "1111101", "1000101", "1011101", "1000001", "1111111")], np.uint8)
-    masks += [spiral, spiral.T, spiral[::-1]]
-    for mask in masks:
-        h, w = mask.shape
-        found = [(c, (cy - bh / 2) * h, (cx - bw / 2) * w, (cy + bh / 2) * h, (cx + bw / 2) * w) for c, cx, cy, bw, bh in common.boxes_of(mask)]
-        assert sorted((c, *map(round, box)) for c, *box in found) == brute_force(mask)
-        assert np.allclose(found, np.round(found), atol=1e-6)
-    assert [b[0] for b in common.boxes_of(spiral)] == [1] and len(common.boxes_of(np.eye(6, dtype=np.uint8))) == 6  # 4-connected
-
-
-def test_files_of_boxes_and_tags(make_dataset, options, capsys):
-    """Own files come before derived ones, both intersect, an empty one is background, a labelled image keeps its mask."""
-    root = make_dataset()
-    data, args = make_data(options(root))
-    a, b, c, d, *_ = (data.names[i] for i in data.indices("unlabeled"))
-    write(root / "boxes" / f"{a}.txt", "2 0.25 0.5 0.5 1\n\n 1 0.75 .25 .5 .5 \r\n")
-    write(root / "tags" / f"{a}.txt", "\ufeff2\n")
-    write(root / "boxes" / f"{b}.txt", "")
-    write(root / "tags" / f"{c}.txt", "1 2\n")
-    write(root / "boxes" / f"{data.split['labeled'][0]}.txt", "")
-    write(root / "boxes" / f"{data.split['test'][0]}.txt", "")
-    write(root / "tags" / ".hidden.txt", "what a file browser leaves")
-    maps = mlds.allowed_maps(data, args)
-    number = {name: i for i, name in enumerate(data.names)}
-    assert (maps[number[a]][:, :16] == 0b101).all() and (maps[number[a]][:, 16:] == 1).all()
-    assert (maps[number[b]] == 1).all() and (maps[number[c]] == 0b111).all() and (maps[number[d]] == 0b111).all()
-    i = data.indices("labeled")[0]
-    assert np.array_equal(maps[i], 1 << data.load_labels([i])[0].numpy())
-    hidden = len(data.indices("unlabeled"))
-    assert capsys.readouterr().out == f"training images with masks: 3, boxes: 1, tags: 1, boxes and tags: 1, none: {hidden - 3}\n"
-    args.boxes = args.tags = "100%"
-    assert (mlds.allowed_maps(data, args)[number[b]] == 1).all()  # its file, not its mask
-    assert capsys.readouterr().out == f"training images with masks: 3, boxes: 0, tags: 0, boxes and tags: {hidden}, none: 0\n"
-
-
-CASES = [  # file, its text, what the message must say
-    ("boxes/{u}.txt", "1 0.5 0.5 1 1\n0 0.5 0.5 0.2 0.2", r"boxes/{u}\.txt, line 2: class 0; expected 1 to 2, .*YOLO counts from 0\? add 1"),
-    ("boxes/{u}.txt", "3 0.5 0.5 0.2 0.2", r"boxes/{u}\.txt, line 1: class 3; expected 1 to 2"),
-    ("boxes/{u}.txt", "-1 0.5 0.5 0.2 0.2", "line 1: class -1; expected 1 to 2"),
-    ("boxes/{u}.txt", "1 0.9 0.5 0.3 0.2", "line 1: '1 0.9 0.5 0.3 0.2': .*leaves the image"),
-    ("boxes/{u}.txt", "1 0.5 0.05 0.3 0.2", "leaves the image"),
-    ("boxes/{u}.txt", "1 120 80 40 30", "leaves the image; expected .* from 0 to 1, shares"),
-    ("boxes/{u}.txt", "1 0.5 0.5 0 0.2", "box is empty"),
-    ("boxes/{u}.txt", "1 0.5 0.5 0.2 -0.2", "box is empty"),
-    ("boxes/{u}.txt", "1 0.5 nan 0.2 0.2", "line 1: '1 0.5 nan 0.2 0.2'"),
-    ("boxes/{u}.txt", "\n1 0.5 0.5 0.2", r"line 2: '1 0.5 0.5 0.2'; expected: class cx cy w h"),
-    ("boxes/{u}.txt", "1 0.5 0.5 0.2 0.2 0.9", "expected: class cx cy w h"),
-    ("boxes/{u}.txt", "heart 0.5 0.5 0.2 0.2", "expected: class cx cy w h"),
-    ("boxes/{u}.txt", "1.0 0.5 0.5 0.2 0.2", "expected: class cx cy w h"),
-    ("boxes/{u}.txt", "1, 0.5, 0.5, 0.2, 0.2", "expected: class cx cy w h"),
-    ("tags/{u}.txt", "1\n2 0\n", r"tags/{u}\.txt, line 2: class 0; .*YOLO counts from 0\? add 1"),
-    ("tags/{u}.txt", "1\n9", "line 2: class 9; expected 1 to 2"),
-    ("tags/{u}.txt", "1\nheart", r"tags/{u}\.txt, line 2: 'heart'; expected: class"),
-    ("boxes/classes.txt", "heart", r"boxes/classes\.txt: no image has this name"),
-]
-
-
-@pytest.mark.parametrize("path, text, message", CASES, ids=range(len(CASES)))
-def test_bad_files_of_boxes_and_tags(path, text, message, make_dataset, options, tmp_path, capsys):
-    root = make_dataset()
-    unit = make_data(options(root))[0].split["unlabeled"][0]
-    write(root / path.format(u=unit), text)
-    with pytest.raises(SystemExit) as stopped:
-        mlds.main(options(root))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and re.search(message.format(u=unit), error), error
-    assert not list(tmp_path.glob("runs/*/*")), "no run folder is left behind"
-
-
-@pytest.mark.parametrize("more, message", [
-    (["--boxes", "0.2"], "--boxes 0.2: did you mean 20%"), (["--tags", "150%"], "--tags 150%: expected a share"),
-    (["--boxes", "20%", "--labeled", "100%"], r"--boxes 20%: .*from 1 to 0 \(the hidden units\)"),
-    (["--classes", "9"], "9 classes, but .* 8 bits")], ids=range(4))
-def test_bad_options(more, message, make_dataset, options, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        mlds.main(options(make_dataset(), *more))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and re.search(message, error), error
-    assert not list(tmp_path.glob("runs/*/*"))
-
-
-def test_derived_sets_are_nested_and_only_those_masks_are_opened(make_dataset, options, monkeypatch):
-    """6 patients of 2 slices; slice 1 of each hidden one has no mask, so it gets nothing."""
-    root, opened = make_dataset(units=9, slices=2), []
-    for path in (root / "masks").glob("*_slice_01.png"):
-        path.unlink()
-    read_mask = common.read_mask
-
-    def record(path):
-        opened.append(path.stem)
-        return read_mask(path)
-    sets = {}
-    for share in (None, "20%", "50%", "100%"):
-        data, args = make_data(options(root, *(["--boxes", share, "--tags", share] if share else []), "--labeled", "2"))
-        data.decode()
-        monkeypatch.setattr(common, "read_mask", record)
-        found = {kind: common.annotations(data, kind, share) for kind in ("boxes", "tags")}
-        monkeypatch.undo()
-        assert sorted(set(opened)) == sorted({data.names[i] for images in found.values() for i in images})
-        assert all(data.units[i] in data.split["unlabeled"] for images in found.values() for i in images)
-        sets[share], opened = {kind: {data.units[i] for i in images} for kind, images in found.items()}, []
-    hidden = len(data.split["unlabeled"])
-    for kind in ("boxes", "tags"):
-        assert set() == sets[None][kind] < sets["20%"][kind] < sets["50%"][kind] < sets["100%"][kind]
-        assert len(sets["100%"][kind]) == hidden and len(sets["20%"][kind]) == math.floor(0.2 * hidden + 0.5)
-    assert not sets["20%"]["boxes"] & sets["20%"]["tags"]  # from the two ends
-    for part in ("train", "val", "test", "labeled"):  # lists: the same split for every --split-seed
-        write(root / f"{part}.txt", "\n".join(data.split.get(part, data.split["labeled"] + data.split["unlabeled"])))
-    chosen = set()
-    for seed in range(4):
-        other, _ = make_data(options(root, "--split-seed", str(seed), "--labeled", str(root / "labeled.txt")))
-        other.decode()
-        chosen.add(frozenset(other.units[i] for i in common.annotations(other, "boxes", "50%")))
-        assert other.split == data.split
-    assert len(chosen) > 1
-
-
-def test_derived_annotations_are_the_masks(make_dataset, options):
-    data, args = make_data(options(make_dataset(), "--boxes", "100%", "--tags", "100%"))
-    data.decode()
-    boxes, tags = (common.annotations(data, kind, "100%") for kind in ("boxes", "tags"))
-    for i in data.indices("unlabeled"):
-        assert {c for c, *_ in tags[i]} == {c for c, *_ in boxes[i]} == set(data.truth(i).flatten().tolist()) - {0}
-    args.classes = data.classes = 2  # a hidden mask with a class that no visible one has
-    with pytest.raises(SystemExit):
-        common.annotations(data, "tags", "100%")
-
-
-@pytest.mark.parametrize("more", [("--boxes", "100%"), ("--tags", "100%")])
-def test_pseudo_labels_never_leave_their_boxes_and_tags(more, make_dataset, options):
-    """The image shows where its class is allowed, so after augmentation it tells it still."""
-    data, args = make_data(options(make_dataset(classes=4), *more, "--unlabeled-batch", "8", "--labeled", "3"))
-    maps = mlds.allowed_maps(data, args)
-    for c in (1, 2, 3):
-        data.images = ((maps[:, None] >> c & 1) * 255).astype(np.uint8)
-        torch.manual_seed(c)
-        for _ in range(4):
-            _, _, x_u, map_u, index_u = data.batch(maps)
-            label = mlds.pseudo_label(10 * torch.randn(8, 4, 32, 32), map_u)
-            assert not (label[x_u[:, 0] == 0] == c).any() and (label == c).any()
-            inside = x_u[:, 0] == 1  # and inside it the class may still be chosen
-            sure = torch.zeros(8, 4, 32, 32)
-            sure[:, c] = 9
-            assert (mlds.pseudo_label(sure, map_u)[inside] == c).all() and inside.any()
-            for k, i in enumerate(index_u.tolist()):
-                assert set(label[k].unique().tolist()) <= {b for b in range(4) if (maps[i] >> b & 1).any()}
-
-
-def test_training_uses_the_annotations(make_dataset, options, monkeypatch):
-    """Background-only files: every pseudo-label of a run is background."""
-    root, seen, pseudo_label = make_dataset(), [], mlds.pseudo_label
-    for path in (root / "images").iterdir():
-        write(root / "tags" / f"{path.stem}.txt", "")
-
-    def record(logits, allowed):
-        seen.append(pseudo_label(logits, allowed))
-        return seen[-1]
-    monkeypatch.setattr(mlds, "pseudo_label", record)
-    mlds.main(options(root, steps=2))
-    assert len(seen) == 2 and not torch.cat(seen).any()
+def test_training_uses_the_annotations(phantom, options):
+    """Background-only files: the pseudo-labels of a run are background, whatever the teacher."""
+    argv = options("--val-every", "1", data=phantom, steps=1)
+    without = rows_of(mlds.main(argv)["folder"])[0]
+    (phantom / "tags").mkdir()
+    for path in phantom.glob("images/*"):
+        (phantom / "tags" / f"{path.stem}.txt").write_text("")
+    row = rows_of(mlds.main(argv)["folder"])[0]
+    _, loss_sup, loss_mlds, multi_u = first_step(argv)
+    background = torch.zeros(2, 32, 32, dtype=torch.long)
+    expected = mlds.mlds_loss(multi_u, background).item()
+    assert row["pseudo"] == pytest.approx(expected, rel=1e-4)
+    assert without["pseudo"] != pytest.approx(expected, rel=1e-2)
+    for other in (row, without):  # what masks teach stays the same
+        assert other["sup"] == pytest.approx(loss_sup.item(), rel=1e-4)
+        assert other["mlds"] == pytest.approx(loss_mlds.item(), rel=1e-4)

@@ -1,10 +1,11 @@
-"""Every equation of ucmt.py, by hand, by a naive loop, in closed form, and where its gradient goes."""
-import csv
+"""Every equation of ucmt.py: by hand, by a naive loop, in closed form; where its gradient goes."""
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_folder
+from conftest import last_of
+from make_traces import rows_of
 
 import ucmt
 from common import UNet
@@ -26,8 +27,12 @@ def test_eq1_dice_loss_naive_loop():
     total = 0.0
     for b in range(2):
         for c in range(3):
-            both = sum(probs[b, c, i, j].item() * (label[b, i, j].item() == c) for i in range(4) for j in range(5))
-            size = sum(probs[b, c, i, j].item() + (label[b, i, j].item() == c) for i in range(4) for j in range(5))
+            both = size = 0.0
+            for i in range(4):
+                for j in range(5):
+                    found, expected = probs[b, c, i, j].item(), float(label[b, i, j].item() == c)
+                    both += found * expected
+                    size += found + expected
             total += (2 * both + 1e-5) / (size + 1e-5)
     assert ucmt.dice_loss(probs, label).item() == pytest.approx(1 - total / 6, rel=1e-5)
 
@@ -62,7 +67,8 @@ def test_eq3_mts_loss_takes_the_teachers_labels():
     probs_1, probs_2 = torch.randn(2, 3, 4, 4).softmax(1), torch.randn(2, 3, 4, 4).softmax(1)
     probs_t = torch.randn(2, 3, 4, 4, requires_grad=True)
     label_t = probs_t.argmax(1)
-    assert ucmt.mts_loss(probs_1, probs_2, label_t).item() == pytest.approx(losses_of(probs_1, probs_2, label_t, label_t))
+    found = ucmt.mts_loss(probs_1, probs_2, label_t).item()
+    assert found == pytest.approx(losses_of(probs_1, probs_2, label_t, label_t))
     onehot = torch.nn.functional.one_hot(label_t, 3).movedim(-1, 1).float()
     assert ucmt.mts_loss(onehot, onehot, label_t).item() == pytest.approx(0, abs=1e-6)
     probs_1.requires_grad_()
@@ -73,16 +79,20 @@ def test_eq3_mts_loss_takes_the_teachers_labels():
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_eq4_uncertainty_bounds(classes):
     even = torch.full((2, classes, 8, 8), 1 / classes)
-    torch.testing.assert_close(ucmt.uncertainty(even, even, 4), torch.full((2, 4, 4), math.log(classes)))
-    sure = torch.nn.functional.one_hot(torch.randint(classes, (2, 8, 8)), classes).movedim(-1, 1).float()
+    largest = torch.full((2, 4, 4), math.log(classes))
+    torch.testing.assert_close(ucmt.uncertainty(even, even, 4), largest)
+    label = torch.randint(classes, (2, 8, 8))
+    sure = torch.nn.functional.one_hot(label, classes).movedim(-1, 1).float()
     assert not ucmt.uncertainty(sure, sure, 4).any()  # 0 log 0 = 0, no NaN
 
 
 def test_eq4_uncertainty_by_hand_and_naive_loop():
     # student sure of class 0, teacher of class 1: their mean is even, log 2
     a = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
-    torch.testing.assert_close(ucmt.uncertainty(a, a.flip(1), 2), torch.full((1, 2, 2), math.log(2)))
-    p, q = torch.randn(2, 3, 8, 12).softmax(1).requires_grad_(), torch.randn(2, 3, 8, 12).softmax(1)
+    expected = torch.full((1, 2, 2), math.log(2))
+    torch.testing.assert_close(ucmt.uncertainty(a, a.flip(1), 2), expected)
+    p = torch.randn(2, 3, 8, 12).softmax(1).requires_grad_()
+    q = torch.randn(2, 3, 8, 12).softmax(1)
     found = ucmt.uncertainty(p, q, 4)
     for b in range(2):
         for row in range(4):
@@ -97,18 +107,23 @@ def test_eq4_uncertainty_by_hand_and_naive_loop():
     assert not found.requires_grad
 
 
+def ranked(u, sign):
+    """Patch numbers by sign * uncertainty, the smallest first, of equal ones the first patch."""
+    return sorted(range(len(u)), key=lambda patch: (sign * u[patch], patch))
+
+
 def naive_umix(x, u_1, u_2, k):
     """Patch by patch, one image at a time."""
     grid, out = u_1.shape[-1], x.clone()
     h, w = x.shape[-2] // grid, x.shape[-1] // grid
     for b in range(len(x)):
-        flat = [u[b].flatten().tolist() for u in (u_1, u_2)]
-        top = [sorted(range(grid * grid), key=lambda p, u=u: (-u[p], p))[:k] for u in flat]
-        low = [sorted(range(grid * grid), key=lambda p, u=u: (u[p], p))[:k] for u in flat]
-        for targets, sources in ((top[0], low[1]), (top[1], low[0])):
-            for target, source in zip(targets, sources, strict=True):
+        one, two = u_1[b].flatten().tolist(), u_2[b].flatten().tolist()
+        for targets, sources in ((ranked(one, -1), ranked(two, 1)),
+                                 (ranked(two, -1), ranked(one, 1))):
+            for target, source in zip(targets[:k], sources[:k], strict=True):
                 (ti, tj), (si, sj) = divmod(target, grid), divmod(source, grid)
-                out[b, ..., ti * h:ti * h + h, tj * w:tj * w + w] = x[b, ..., si * h:si * h + h, sj * w:sj * w + w]
+                patch = x[b, ..., si * h:si * h + h, sj * w:sj * w + w]
+                out[b, ..., ti * h:ti * h + h, tj * w:tj * w + w] = patch
     return out
 
 
@@ -126,7 +141,8 @@ def test_eq5_umix_by_hand():
     expected[3], expected[10], expected[6] = 15, 0, 7
     mixed = ucmt.umix(x, u_1.view(1, 4, 4), u_2.view(1, 4, 4), 2)
     assert mixed[0, 0, ::2, ::2].flatten().tolist() == expected
-    torch.testing.assert_close(mixed[0, 0] - mixed[0, 0].floor(), tenths)  # the inside of a patch stays in order
+    inside = mixed[0, 0] - mixed[0, 0].floor()
+    torch.testing.assert_close(inside, tenths)  # the inside of a patch stays in order
     labels = ucmt.umix(x[:, 0].long(), u_1.view(1, 4, 4), u_2.view(1, 4, 4), 2)
     assert torch.equal(labels, mixed[:, 0].long())  # image and label map stay aligned
 
@@ -163,14 +179,15 @@ def test_eq5_umix_gradient_goes_to_the_patch_that_is_shown():
 
 def test_eq6_ema_decay():
     assert [ucmt.ema_decay(t, 0.99) for t in (0, 1, 2, 3)] == [0, 1 / 2, 1 - 1 / 3, 3 / 4]
-    assert ucmt.ema_decay(99, 0.99) == pytest.approx(0.99) and ucmt.ema_decay(10**6, 0.99) == 0.99
+    assert ucmt.ema_decay(99, 0.99) == pytest.approx(0.99)
+    assert ucmt.ema_decay(10**6, 0.99) == 0.99
 
 
 def test_eq7_ema_update_by_hand_and_naive_loop():
     teacher, student_1, student_2 = (torch.nn.Linear(1, 1) for _ in range(3))
     with torch.no_grad():
-        for net, value in ((teacher, 1.0), (student_1, 2.0), (student_2, 6.0)):
-            net.weight.fill_(value)
+        for network, value in ((teacher, 1.0), (student_1, 2.0), (student_2, 6.0)):
+            network.weight.fill_(value)
     ucmt.ema_update(teacher, student_1, student_2, 0.75, 0.5)
     assert teacher.weight.item() == 0.5 * 1 + 0.5 * (0.75 * 2 + 0.25 * 6)
     assert (student_1.weight.item(), student_2.weight.item()) == (2, 6)
@@ -178,66 +195,92 @@ def test_eq7_ema_update_by_hand_and_naive_loop():
     before = [p.clone() for p in teacher.parameters()]
     student_1(torch.rand(2, 1, 16, 16)).sum().backward()
     ucmt.ema_update(teacher, student_1, student_2, 0.99, 0.9)
-    nets = (teacher, student_1, student_2)
-    for old, new, a, b in zip(before, *(n.parameters() for n in nets), strict=True):
+    after = (network.parameters() for network in (teacher, student_1, student_2))
+    for old, new, a, b in zip(before, *after, strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * (0.99 * a + 0.01 * b))
         assert new.grad is None
-    assert all(not b.any() for name, b in teacher.named_buffers() if "running_mean" in name)
+    means = [b for name, b in teacher.named_buffers() if "running_mean" in name]
+    assert means and not any(b.any() for b in means)
 
 
-@pytest.mark.parametrize("more", [(), ("--no-umix-labeled",), ("--weight", "3", "--top-k", "0", "--grid", "8")])
-def test_eq8_main_total_objective(options, tmp_path, more):
-    ucmt.main(options("phantom", *more, "--val-every", "2", steps=8))
-    rows = list(csv.DictReader(open(run_folder(tmp_path / "runs") / "log.csv")))
-    assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
+@pytest.mark.parametrize("more, weight", [
+    ((), 0.1), (("--no-umix-labeled",), 0.1),
+    (("--weight", "3", "--top-k", "0", "--grid", "8"), 3)])
+def test_eq8_main_total_objective(options, more, weight):
+    """A row holds the means of a batch's two steps, which have one weight."""
+    rows = rows_of(ucmt.main(options(*more, "--val-every", "2", steps=8))["folder"])
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
     for row in rows:
-        row = {k: float(v) for k, v in row.items()}
-        assert row["cps"] > 0 and row["mts"] > 0 and row["mix_loss"] > 0
-        assert row["loss"] == pytest.approx(row["sup"] + row["lam"] * (row["cps"] + row["mts"]) / 2, rel=1e-5)
-    weight = 3 if more[:1] == ("--weight",) else 0.1
-    assert float(rows[0]["lam"]) == pytest.approx(weight * math.exp(-5)) and float(rows[3]["lam"]) == pytest.approx(weight)
+        assert row["cps"] > 0 and row["mts"] > 0
+        unsupervised = (row["cps"] + row["mts"]) / 2
+        assert row["loss"] == pytest.approx(row["sup"] + row["lam"] * unsupervised, rel=1e-5)
+    assert rows[0]["lam"] == pytest.approx(weight * math.exp(-5))
+    assert rows[3]["lam"] == pytest.approx(weight)
 
 
-def test_two_optimizer_steps_an_iteration_and_checkpoints_between(options, tmp_path):
-    ucmt.main(options("phantom", "--val-every", "3", steps=8))  # 3 and 6 are met by the iterations' ends 4 and 6
-    folder = run_folder(tmp_path / "runs")
-    state = torch.load(folder / "last.pt", weights_only=True)
-    assert state["step"] == 8
-    assert {int(s["step"]) for s in state["optimizer 0"]["state"].values()} == {8}
-    assert [int(row["step"]) for row in csv.DictReader(open(folder / "log.csv"))] == [4, 6, 8]
+def test_a_batch_has_two_optimizer_steps_and_checkpoints_lie_between_batches(options):
+    results = ucmt.main(options("--val-every", "6", steps=8))
+    state = last_of(Path(results["folder"]))
+    assert state["step"] == 8 and state["drawn"] == 4
+    assert {int(moments["step"]) for moments in state["parts"][0]["state"].values()} == {8}
+    assert [row["step"] for row in rows_of(results["folder"])] == [6, 8]
 
 
 @pytest.mark.parametrize("more, steps, message", [
-    ((), 7, "--steps 7: expected an even number"), (("--grid", "5"), 8, "--grid 5 does not divide --size 32"),
+    ((), 7, "--steps 7: expected an even number"),
+    (("--val-every", "3"), 8, "--val-every 3: expected an even number"),
+    (("--grid", "5"), 8, "--grid 5 does not divide --size 32"),
     (("--grid", "0"), 8, "at least 1"), (("--top-k", "-1"), 8, "at least 0")])
 def test_options_that_do_not_fit(options, capsys, more, steps, message):
     with pytest.raises(SystemExit) as stopped:
-        ucmt.main(options("phantom", *more, steps=steps))
+        ucmt.main(options(*more, steps=steps))
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_students_differ_and_the_teacher_follows_the_first(options, tmp_path):
-    nets = ucmt.build(1, 3, 4)
-    heads = [nets[name].head.weight for name in ("student 1", "student 2", "teacher")]
+def test_students_differ_and_the_teacher_follows_the_first(options):
+    networks = ucmt.build(1, 3, 4)
+    heads = [networks[name].head.weight for name in ("student 1", "student 2", "teacher")]
     assert torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
-    ucmt.main(options("phantom", "--teacher-mix", "1", steps=2))  # after steps 0 and 1: (θ_1(0) + θ_1(1)) / 2
-    nets = torch.load(run_folder(tmp_path / "runs") / "last.pt", weights_only=True)["networks"]
-    one, two = ((nets["teacher"]["head.weight"] - nets[f"student {m}"]["head.weight"]).norm() for m in (1, 2))
-    assert 0 < one < two / 10
+    results = ucmt.main(options("--teacher-mix", "1", steps=2))
+    networks = last_of(Path(results["folder"]))["networks"]
+    head = networks["teacher"]["head.weight"]  # after steps 0 and 1: (θ_1(0) + θ_1(1)) / 2
+    to_1 = (head - networks["student 1"]["head.weight"]).norm()
+    to_2 = (head - networks["student 2"]["head.weight"]).norm()
+    assert 0 < to_1 < to_2 / 10
 
 
-def test_views_are_independent(options, monkeypatch):
-    """Every strong view of an iteration is drawn anew: two students, two streams, two steps."""
-    calls = []
+def test_views_are_independent_and_the_second_step_sees_mixed_images(options, monkeypatch):
+    """Every strong view is drawn anew: two students, two streams, two steps."""
+    weak_views, views = [], []
     strong = ucmt.strong
-    monkeypatch.setattr(ucmt, "strong", lambda x: calls.append(strong(x)) or calls[-1])
-    ucmt.main(options("phantom", steps=2))
-    assert len(calls) == 8 and not torch.equal(calls[0], calls[1]) and not torch.equal(calls[2], calls[3])
+
+    def recorded(x):
+        weak_views.append(x)
+        views.append(strong(x))
+        return views[-1]
+    monkeypatch.setattr(ucmt, "strong", recorded)
+    ucmt.main(options(steps=2))
+    assert len(views) == 8  # x_l, x_l, x_u, x_u, and again
+    for first in (0, 2, 4, 6):
+        assert torch.equal(weak_views[first], weak_views[first + 1])
+        assert not torch.equal(views[first], views[first + 1])
+    for plain, mixed in ((0, 4), (2, 6)):
+        changed = (weak_views[plain] != weak_views[mixed]).float().mean()
+        assert 0 < changed <= 4 / 256  # at most 4 of 16 x 16 patches
 
 
-@pytest.mark.parametrize("more, expected", [((), [2, 2, 2]), (("--no-umix-labeled", "--top-k", "3"), [0, 0, 3])])
-def test_labelled_images_are_mixed_with_their_masks_or_not_at_all(options, monkeypatch, more, expected):
+@pytest.mark.parametrize("more, expected", [
+    ((), [2, 2, 2]), (("--no-umix-labeled", "--top-k", "3"), [0, 0, 3])])
+def test_labelled_images_are_mixed_with_their_masks_or_not_at_all(options, monkeypatch, more,
+                                                                  expected):
     calls, umix = [], ucmt.umix
-    monkeypatch.setattr(ucmt, "umix", lambda x, u_1, u_2, k: calls.append((x.dim(), k)) or umix(x, u_1, u_2, k))
-    ucmt.main(options("phantom", *more, steps=2))
-    assert calls[:3] == list(zip([4, 3, 4], expected, strict=True))  # x_l, y_l, x_u; then preview.png's
+
+    def recorded(x, u_1, u_2, k):
+        calls.append((x.dim(), k, u_1, u_2))
+        return umix(x, u_1, u_2, k)
+    monkeypatch.setattr(ucmt, "umix", recorded)
+    ucmt.main(options(*more, steps=2))
+    images, masks, unlabeled = calls[:3]  # x_l, y_l, x_u; then preview.png's
+    assert [images[0], masks[0], unlabeled[0]] == [4, 3, 4]
+    assert [images[1], masks[1], unlabeled[1]] == expected
+    assert torch.equal(images[2], masks[2]) and torch.equal(images[3], masks[3])
