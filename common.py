@@ -7,15 +7,14 @@ Course part  U-Net: conv_block Encoder DecoderBlock Decoder UNet
              Data and batches: shuffled Item Data
 Tools        Messages and files: stop write_aside    Several processes: join_processes start_alike
              Command line: parser parse              Device: mixed_precision place
-             Dataset folder: find_items              Split: read_ids choose_images make_split
+             Dataset folder: find_items              Split: read_ids make_split
              Pixels: read_pixels read_volume read_mask check_values
              Cache: decode_images decode_masks       Phantom: draw_phantom
              Distances: distances_to                 Run: Run
              Finished runs: load_run segment         Pictures: overlay heat save_sheet
              Tables: print_table        Commands: check_data predict_images compare_runs main
 
-Four commands, each with its own --help: python common.py check | phantom | predict | compare
-
+Four commands, each with a --help: python common.py check | phantom | predict | compare
 Shapes: B images, C classes, H x W pixels. Images are floats in [0, 1], label maps are integers.
 """
 import argparse
@@ -35,6 +34,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -859,83 +859,90 @@ def read_lists(folder, items):
     return lists
 
 
+def count_units(spec, total, option, what):
+    """A share such as "10%" or a number such as "7" -> a number of units, at least 1 of `total`."""
+    share = re.fullmatch(r"(\d+(\.\d+)?)%", spec)
+    if share and total > 0 and 0 < float(share[1]) <= 100:
+        return max(1, math.floor(total * float(share[1]) / 100 + 0.5))
+    if spec.isdecimal() and 0 < int(spec) <= total:
+        return int(spec)
+    if re.fullmatch(r"0?\.\d*[1-9]\d*", spec):
+        percent = float(spec) * 100
+        stop(f"{option} {spec}: did you mean {percent:g}%? Give a share (10%) or units (7).")
+    stop(f"{option} {spec}: expected a share above 0% and up to 100%, a number of units from 1 to "
+         f"{total} (the {what}), or a text file of ids.")
+
+
 def choose_images(spec, units, candidates, items, option, what):
     """The candidates (image numbers) that --labeled SPEC, or an option like it, selects.
 
-    spec: a share ("10%") or a number of `units`, of which the first are taken, so that 5% lies
-    inside 10%; or a text file of ids, which stands for exactly the images that it names.
+    spec: a share or a number of the `units`, of which the first are taken, so that 5% lies inside
+    10%; or a text file of ids, which stands for exactly the images that it names.
     """
-    if Path(spec).is_file():
-        chosen = [i for i in read_ids(spec, items) if items[i].mask is not None]
-        outside = [items[i].name for i in chosen if i not in candidates]
-        if outside:
-            stop(f"{option} {spec}: not {what}: {some(outside)}. Expected some of {some(units)}")
-        if not chosen:
-            stop(f"{option} {spec}: none of the images that it names has a mask.")
-        return chosen
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
-    if match is None:
-        value, percent = 0, False
-    else:
-        value, percent = float(match[1]), match[2] == "%"
-    if not percent and 0 < value < 1:
-        stop(f"{option} {spec}: did you mean {value * 100:g}%? Give a share (10%) or units (7).")
-    largest = 100 if percent else len(units)
-    if not units or value <= 0 or value > largest or (value % 1 and not percent):
-        stop(f"{option} {spec}: expected a share above 0% and up to 100%, a number of units from "
-             f"1 to {len(units)} (the {what}), or a text file of ids.")
-    count = int(value)
-    if percent:
-        count = max(1, math.floor(len(units) * value / 100 + 0.5))
-    chosen_units = set(units[:count])
-    return [i for i in candidates if items[i].unit in chosen_units]
+    if not Path(spec).is_file():
+        chosen_units = set(units[:count_units(spec, len(units), option, what)])
+        return [i for i in candidates if items[i].unit in chosen_units]
+    chosen = [i for i in read_ids(spec, items) if items[i].mask is not None]
+    outside = [items[i].name for i in chosen if i not in candidates]
+    if outside:
+        stop(f"{option} {spec}: not {what}: {some(outside)}. Expected some of {some(units)}")
+    if not chosen:
+        stop(f"{option} {spec}: none of the images that it names has a mask.")
+    return chosen
+
+
+def images_of(units, items):
+    """Numbers of all images of some units."""
+    units = set(units)
+    return [i for i, item in enumerate(items) if item.unit in units]
+
+
+def draw_parts(items, folder, order):
+    """{"train", "val", "test": sorted image numbers}, from lists or by the drawn order of units.
+
+    Without a list, a tenth of the units with masks validates and a fifth tests, at least one each;
+    units without masks that are in no list train.
+    """
+    lists = read_lists(folder, items)
+    listed = {items[i].unit for numbers in lists.values() for i in numbers}
+    masked = {item.unit for item in items if item.mask is not None}
+    free = [unit for unit in order if unit in masked and unit not in listed]
+    parts = dict(lists)
+    for part, share in (("val", 0.1), ("test", 0.2)):
+        if part not in lists:
+            count = max(1, round(share * len(masked)))
+            parts[part] = images_of(free[:count], items)
+            free = free[count:]
+    if "train" not in lists:
+        parts["train"] = images_of(free, items)
+    unmasked = [unit for unit in order if unit not in masked and unit not in listed]
+    parts["train"] = sorted(parts["train"] + images_of(unmasked, items))
+    for part, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        if all(items[i].mask is None for i in parts[part]):
+            stop(f"no {name} units with masks are left: {len(masked)} units have masks, "
+                 f"{len(listed)} are in lists. Annotate more, or change the lists: each needs one.")
+    return parts
 
 
 def make_split(items, folder, labeled, seed):
     """{"labeled", "unlabeled", "val", "test": sorted image numbers}.
 
-    It depends on the sorted ids, the lists in the folder, --labeled and --split-seed alone. Without
-    a list, a tenth of the units with masks validates and a fifth tests, at least one each; units
-    without masks that are in no list train.
+    It depends on the sorted ids, the lists in the folder, --labeled and --split-seed alone.
     """
-    lists = read_lists(folder, items)
-    listed = {items[i].unit for numbers in lists.values() for i in numbers}
     units = sorted({item.unit for item in items})
-    masked = {item.unit for item in items if item.mask is not None}
     order = np.random.default_rng(seed).permutation(units).tolist()
-    free = [unit for unit in order if unit in masked and unit not in listed]
-    images = {"train": [], "val": [], "test": []} | lists
-    for part, share in (("val", 0.1), ("test", 0.2)):
-        if part not in lists:
-            count = max(1, round(share * len(masked)))
-            taken, free = set(free[:count]), free[count:]
-            images[part] = [i for i, item in enumerate(items) if item.unit in taken]
-    if "train" not in lists:
-        images["train"] = [i for i, item in enumerate(items) if item.unit in free]
-    for i, item in enumerate(items):
-        if item.unit not in masked and item.unit not in listed:
-            images["train"].append(i)
-
-    for part, numbers in images.items():
-        if not any(items[i].mask is not None for i in numbers):
-            name = {"train": "training", "val": "validation", "test": "test"}[part]
-            stop(f"no {name} units with masks are left: {len(masked)} units have masks, "
-                 f"{len(listed)} are in lists. Annotate more, or change the lists: each needs one.")
-    if labeled is None:
-        if all(item.mask is not None for item in items):
-            stop("--labeled is needed, since all images have masks: 10%, 7 units, or a file of "
-                 "ids.")
-        labeled = "100%"
-    train = sorted(images["train"])
-    candidates = [i for i in train if items[i].mask is not None]
+    parts = draw_parts(items, folder, order)
+    if labeled is None and all(item.mask is not None for item in items):
+        stop("--labeled is needed, since all images have masks: 10%, 7 units, or a file of ids.")
+    candidates = [i for i in parts["train"] if items[i].mask is not None]
     candidate_units = {items[i].unit for i in candidates}
-    train_order = [unit for unit in order if unit in candidate_units]
-    split = {"labeled": choose_images(labeled, train_order, candidates, items, "--labeled",
-                                      "training units with masks")}
-    chosen = set(split["labeled"])
-    split["unlabeled"] = [i for i in train if i not in chosen]
+    units = [unit for unit in order if unit in candidate_units]
+    chosen = choose_images(labeled or "100%", units, candidates, items, "--labeled",
+                           "training units with masks")
+    unlabeled = sorted(set(parts["train"]) - set(chosen))
+    split = {"labeled": chosen, "unlabeled": unlabeled}
     for part in ("val", "test"):
-        split[part] = [i for i in images[part] if items[i].mask is not None]
+        split[part] = [i for i in parts[part] if items[i].mask is not None]
     return split
 
 
@@ -1207,13 +1214,15 @@ def texture(rng, scale, size):
 
 
 def draw_slice(rng, patient, x, y, radius, wall, level):
-    """Image and mask (size, size) uint8 of one slice; classes as in ACDC: 1 right ventricle,
-    2 myocardium, 3 left ventricle."""
+    """Image and mask (size, size) uint8 of one slice.
+
+    Classes as in ACDC: 1 right ventricle, 2 myocardium, 3 left ventricle.
+    """
     size = len(x)
-    u = (x - patient["cx"]) * math.cos(patient["turn"])
-    u = (u + (y - patient["cy"]) * math.sin(patient["turn"])) * patient["aspect"]
-    v = (y - patient["cy"]) * math.cos(patient["turn"])
-    v = v - (x - patient["cx"]) * math.sin(patient["turn"])
+    cos, sin = math.cos(patient["turn"]), math.sin(patient["turn"])
+    dx, dy = x - patient["cx"], y - patient["cy"]
+    u = (dx * cos + dy * sin) * patient["aspect"]
+    v = dy * cos - dx * sin
     distance = np.hypot(u, v) * (1 + 0.06 * texture(rng, 5, size))
     side = np.hypot((u + radius + wall) / 1.15, v / 1.25) * (1 + 0.06 * texture(rng, 5, size))
     mask = np.where(side < radius * (1.0 - 0.1 * level), 1, 0)
@@ -1563,7 +1572,7 @@ class Run:
         for part, saved in zip(self.parts, state["parts"], strict=True):
             if saved:  # {}: a gradient scaler that was off
                 part.load_state_dict(saved)
-        random = my_share(state["random"])[0]
+        [random] = my_share(state["random"])
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and self.args.device.startswith("cuda"):
             torch.cuda.set_rng_state(random["cuda"], self.args.device)
@@ -1943,33 +1952,34 @@ def dice_by_volume(run):
     return np.array(rows, float)
 
 
-def mean_dice(dice, weights):
-    """Mean over volumes, classes, seeds: (seeds, volumes, classes), weights (R, volumes) -> (R,).
-
-    NaN in dice is left out of the means.
-    """
-    defined = ~np.isnan(dice)
-    total = np.einsum("rv,svc->rsc", weights, np.nan_to_num(dice))
-    count = np.einsum("rv,svc->rsc", weights, defined)
-    by_class = np.ma.masked_array(total, count == 0) / np.maximum(count, 1)
-    return by_class.mean(2).mean(1).filled(np.nan)
+def mean_dice(dice):
+    """(seeds, volumes, classes), NaN where undefined -> mean over volumes, classes, then seeds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy's, on a class that no volume defines: NaN, left out
+        return np.nanmean(np.nanmean(np.nanmean(dice, 1), 1))
 
 
 def gain_of(runs, base):
     """Gain in Dice of runs over labelled-only runs: "+1.23 (+0.45 to +2.01)".
 
-    In brackets the 95% interval of a paired bootstrap over test units, 2000 samples.
+    In brackets the 95% interval of a paired bootstrap over test units: 2000 times as many units as
+    there are, drawn with repetition, each with all its volumes.
     """
-    units = sorted(set(runs[0]["units"].values()))
-    unit_of = [units.index(runs[0]["units"][volume]) for volume in sorted(runs[0]["units"])]
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), 2000)  # (R, units)
-    counts = np.concatenate([np.ones((1, len(units))), counts])  # first: each unit once
-    weights = counts[:, unit_of]  # (R + 1, volumes)
-    ours, theirs = (np.stack([dice_by_volume(run) for run in group]) for group in (runs, base))
-    gains = mean_dice(ours, weights) - mean_dice(theirs, weights)
-    low, high = np.nanpercentile(gains[1:], [2.5, 97.5])
-    return f"{gains[0]:+.2f} ({low:+.2f} to {high:+.2f})"
+    unit_of = runs[0]["units"]
+    volumes_of = {}  # {unit: places of its volumes}
+    for place, volume in enumerate(sorted(unit_of)):
+        volumes_of.setdefault(unit_of[volume], []).append(place)
+    groups = [np.array(places) for places in volumes_of.values()]
+    ours = np.stack([dice_by_volume(run) for run in runs])  # (seeds, volumes, classes)
+    theirs = np.stack([dice_by_volume(run) for run in base])
+    rng, gains = np.random.default_rng(0), []
+    for _ in range(2000):
+        drawn = rng.integers(len(groups), size=len(groups))
+        volumes = np.concatenate([groups[k] for k in drawn])
+        gains.append(mean_dice(ours[:, volumes]) - mean_dice(theirs[:, volumes]))
+    gain = mean_dice(ours) - mean_dice(theirs)
+    low, high = np.nanpercentile(gains, [2.5, 97.5])
+    return f"{gain:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def find_base(run, runs):
