@@ -6,11 +6,11 @@ https://arxiv.org/abs/2112.09645
 
 Idea
     A network trained on labelled images labels the unlabelled ones. These pseudo-labels are wrong
-    in places, so they never train the classifier, only the features below it: a small head gives
-    every pixel an embedding, and a few pixels of each foreground class are pulled towards their
-    class's mean embedding, in their own image and in another, and away from the other classes'.
-    A mean over a region forgives wrong pixels. The better network labels again, in three rounds,
-    and is used in the end.
+    in places, so they never train the classifier, only the features below it. A small head gives
+    every pixel an embedding. A few pixels of each foreground class are pulled towards the mean
+    embedding of their class, in their own image and in another one, and away from the means of
+    other classes. A class mean hardly changes when a few of its pixels are wrong. After each of
+    three rounds the network labels the images again. The last network is the result.
 
         x_u ---> labeler, the network when the round began ---> ŷ_u, kept for the round
         x_l ------> network ---> P ----- supervised loss ------ y
@@ -31,18 +31,29 @@ Equations (numbers are this file's)
     Eq. (7)  main            L = L_sup(x_l, y) + λ L_cont(x_l, y, x_u, ŷ_u)
 
 Differences
-    1. From the paper: the network at the end of a stage labels, its learning rate being near 0 (the
-       paper: the best on validation); no CRF cleans its labels. The stages' lengths are [ours].
-       --agreement goes by image and two strong views (theirs: by volume, also turned and flipped).
-    2. Binary data: background is a class too [ours]; over the foreground alone Eq. (4) is constant.
-    3. From the authors' code: the mean over all terms is taken once (theirs divides inside its loop
-       over pairs), images may lack a class, one strong view of an image serves both losses, and a
-       pair is a labelled and an unlabelled image (if both batches are of one size), under torchrun
-       two of one process.
-    4. From the paper: U-Net, AdamW and CE + Dice as in all six files; a round goes on with all
-       weights and Adam's state; images are labelled unaugmented [ours]. Labelled and unlabelled
-       images pass separately, so that no batch statistics mix them. The unlabelled stream holds no
-       labelled image (at 100% all). None of these differences was measured.
+    paper or authors' code               | here                                 | does it matter?
+    -------------------------------------+--------------------------------------+-------------------
+    The network best on validation       | The network at the end of the stage  | ?
+    labels the images.                   | labels them, its rate being near 0.  |
+    A dense CRF cleans the pseudo-       | No CRF.                              | ?
+    labels.                              |                                      |
+    The mean is divided inside the loop  | One mean over all terms: half of     | ?
+    over pairs: the last of ten pairs    | what the code would give, had it     |
+    has weight 0.2, the one before 0.011 | divided once.                        |
+    (code).                              |                                      |
+    Classes are the foreground's.        | In binary data background counts,    | ?
+                                         | too [ours]; one class alone would    |
+                                         | make Eq. (4) constant.               |
+    Images hold every class (code).      | A class that an image lacks is left  | ?
+                                         | out of its terms.                    |
+    Agreement is by volume, with turned  | It is by image, with two strong      | ?
+    and flipped views.                   | views.                               |
+    (How a round starts is not           | It goes on with all weights and      | ?
+    described.)                          | Adam's state; stages' lengths are    |
+                                         | [ours].                              |
+    Other networks, optimizers and       | U-Net, AdamW, CE + Dice, as in all   | ?
+    losses.                              | six files; a pair is a labelled and  |
+                                         | an unlabelled image.                 |
 """
 import copy
 

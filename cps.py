@@ -5,11 +5,11 @@ J. Wang, CVPR 2021, https://arxiv.org/abs/2106.01226
 
 Idea
     Two networks of one architecture start from different random weights, so they make different
-    mistakes. On an image without a mask, each network's hard labels (its most probable classes) are
-    the other's target: where they disagree, they correct each other; where they agree, the label is
-    more training data. With CutMix, boxes of one unlabelled image are pasted into another: the
-    networks train on the mixed image with the labels of the two unmixed ones, mixed alike.
-    Network 1 is used in the end.
+    mistakes. On an image without a mask, the most probable classes of each network are the other
+    network's target. Where the two disagree, they correct each other. Where they agree, the label
+    is more training data. CutMix makes the task harder: boxes of one unlabelled image are pasted
+    into another, and the networks train on the mixed image, with the labels of the two unmixed
+    images mixed alike. Network 1 is used in the end.
 
         x_u ---> network 1 ---> P_1 <---- cross-entropy ----- Ŷ_2 <--- network 2 <--- x_u
         x_u ---> network 1 ---> Ŷ_1 ----- cross-entropy ----> P_2 <--- network 2 <--- x_u
@@ -27,21 +27,29 @@ Equations (numbers are this file's)
     Eq. (4)  main         L = Σ_k L_sup(P_k, y) + λ L_cps
 
 Differences
-    1. From the paper: U-Nets, AdamW and CE + Dice as in all six files (the paper: DeepLabv3+, SGD,
-       CE). It matters little to a comparison of the six.
-    2. From the paper: networks train on a common.strong view, pseudo-labels come from the weak one
-       [ours]; the paper takes one view for both, as here labelled images do with --no-cutmix.
-    3. From the paper: λ = 0.3 (the paper: 1.5 on VOC, 6 on Cityscapes; the authors' code: 1 with
-       CutMix on VOC). It can matter in short training without a ramp: with λ = 1, the phantom's
-       seed 10 ended at 74 validation Dice, with 0.3 at 82 (labelled-only: 77); seed 11 at 83 with
-       both.
-    4. Like the authors' code: with CutMix, L_cps covers mixed unlabelled images only; without it
-       labelled ones too, as two means added [paper] (theirs: one mean over both, half as much).
-       Labelled and unlabelled images pass separately. The networks stay in train mode when they
-       make labels. The unlabelled stream holds no labelled image (at 100% all).
-    5. From the authors' code: the CutMix partner is the image before in the batch (theirs: of a
-       second batch), an image's boxes share one r and are less oblong, and where two overlap the
-       partner stays (theirs: the image itself shows again). Not measured.
+    paper or authors' code               | here                                 | does it matter?
+    -------------------------------------+--------------------------------------+-------------------
+    DeepLabv3+, SGD, cross-entropy.      | U-Nets, AdamW, CE + Dice, as in all  | ?
+                                         | six files.                           |
+    One view of an image for targets and | Networks train on a common.strong    | ?
+    training.                            | view; labels come from the weak one  |
+                                         | [ours].                              |
+    λ is 1.5 on VOC, 6 on Cityscapes; 1  | λ = 0.3 [ours].                      | 1: 74 Dice, 0.3:
+    with CutMix on VOC (code).           |                                      | 82 (seed 10); 83,
+                                         |                                      | 83 (seed 11)
+    Without CutMix, one mean over        | Two means are added [paper], twice   | ?
+    labelled and unlabelled images       | as much.                             |
+    (code).                              |                                      |
+    The partner in CutMix comes from a   | It is the image before in the same   | ?
+    second batch (code).                 | batch.                               |
+    Boxes have shares of their own;      | The boxes of an image share one r    | ?
+    where two overlap, the image itself  | and are less oblong; where two       |
+    shows again (code).                  | overlap, the partner stays.          |
+    Networks are in train mode when they | The same; labelled and unlabelled    | ?
+    label (code).                        | images pass separately.              |
+    (Some code streams labelled images   | No unlabelled image is labelled (at  | ?
+    as unlabelled, too.)                 | 100% all are).                       |
+    Dice: on the phantom's validation patients, at the end.
 """
 import argparse
 

@@ -4,12 +4,12 @@
 Z. Shen, P. Cao, H. Yang, X. Liu, J. Yang, O. Zaiane, IJCAI 2023, https://arxiv.org/abs/2301.04465
 
 Idea
-    Two networks that teach each other soon agree, mistakes included. Here two students, each with
-    a strong view of its own, learn from each other's hard labels and from those of one teacher,
-    which sees the weak view; its weights are a running average of (mostly) student 1's. Then the
-    same images come a second time, mixed: the patches where one student is least certain are
-    overwritten by patches of the same image where the other is most certain (UMIX), and everyone
-    predicts anew. The teacher is used in the end.
+    Two networks that teach each other soon agree, their mistakes included. Here two students, each
+    with a strong view of its own, learn from each other's hard labels and from those of one
+    teacher, which sees the weak view. The teacher's weights are a running average of (mostly)
+    student 1's. Then the same images come a second time, mixed (UMIX): the patches where one
+    student is least certain are overwritten by patches of the same image where the other student
+    is most certain, and all three predict anew. The teacher is used in the end.
 
         strong view 1 ---> student 1 ---> P_1 <--- Dice --- Ŷ_2, Ŷ_T
         weak view     ---> teacher   ---> P_T ---> Ŷ_T     (no gradient through any Ŷ)
@@ -32,17 +32,32 @@ Equations (numbers are this file's)
     Eq. (8)  main         L = L_s + w λ(t) (L_cps + L_mts) / 2, one optimizer step on X, one on X'
 
 Differences
-    1. Like the authors' code: the teacher averages β θ_1 + (1 − β) θ_2, β = 0.99 (--teacher-mix):
-       half of each (0.5) fits neither, their channels being numbered differently.
-    2. From the authors' code: strong views 1, 2 are independent (theirs: 2 from 1), of x_l, too; X'
-       mixes weak views, is seen as two strong ones (theirs: one), its patches unmixed, surest over
-       least sure (theirs: pairs reversed); the teacher predicts X' anew (theirs: old labels mixed);
-       L_s: both students' CE + Dice (theirs: Dice); ramp and EMA count steps (theirs: batches).
-    3. Like it: w = 0.1. With 1, validation Dice was higher on the phantom's seed 10 (83, 79), lower
-       on ACDC (65, 68; labelled-only on as many batches 70). 2 was not measured.
-    4. Like it: labelled images mixed with their masks, separate passes (BatchNorm), teacher in
-       train mode. Unlike it: U-Net, ramp over 30% of the steps (theirs 20%), no labelled image in
-       the unlabelled stream (at 100% all). A batch's two optimizer steps are two of --steps.
+    paper or authors' code               | here                                 | does it matter?
+    -------------------------------------+--------------------------------------+-------------------
+    The teacher averages 0.99 θ_1 + 0.01 | The same: --teacher-mix 0.99.        | 0.5: students 54,
+    θ_2 (code).                          |                                      | 52, their teacher
+                                         |                                      | 10 Dice (240
+                                         |                                      | steps)
+    w = 0.1 (code).                      | The same.                            | 1: 83 Dice, 0.1:
+                                         |                                      | 79 (seed 10);
+                                         |                                      | ACDC: 65, 68
+    Strong view 2 is made from view 1    | Both are drawn independently.        | ?
+    (code).                              |                                      |
+    Step 1 trains on the weak labelled   | Both steps give each student a       | ?
+    image, step 2 on strong view 1 for   | strong view of its own.              |
+    both students (code).                |                                      |
+    The teacher's old label map is       | The teacher predicts X' anew.        | ?
+    patched (code).                      |                                      |
+    Within a swap, pairs go in another   | The surest patch overwrites the      | ?
+    order (code).                        | least sure.                          |
+    L_s is Dice alone (code).            | CE + Dice, as in all six files.      | ?
+    The rate is 1e-4, constant; ramp and | Poly decay; both count optimizer     | ?
+    EMA count batches (code).            | steps, two a batch.                  |
+    The checkpoint with the lowest       | The last one is reported.            | ?
+    training loss is reported (code).    |                                      |
+    All training images are streamed as  | No unlabelled image is labelled (at  | ?
+    unlabelled (code).                   | 100% all are).                       |
+    Dice: on the phantom's validation patients, at the end. X': UMIX of X.
 """
 import argparse
 import copy
