@@ -12,9 +12,10 @@ Tools        Messages and files: stop write_aside    Several processes: join_pro
              Cache: decode_images decode_masks       Phantom: draw_phantom
              Distances: distances_to                 Run: Run
              Finished runs: load_run segment         Pictures: overlay heat save_sheet
-             Tables: print_table        Commands: check_data predict_images compare_runs main
+             Tables: print_table                     Data doctor: class_warnings name_warnings
+             Commands: check_data predict_images compare_runs main
 
-Four commands, each with a --help: python common.py check | phantom | predict | compare
+Four commands: python common.py check | phantom | predict | compare, each with --help.
 Shapes: B images, C classes, H x W pixels. Images are floats in [0, 1], label maps are integers.
 """
 import argparse
@@ -34,6 +35,7 @@ import shutil
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +51,6 @@ from torchvision.utils import draw_segmentation_masks, make_grid
 from tqdm import tqdm
 
 # --- U-Net (Ronneberger et al., MICCAI 2015, 1505.04597), with BatchNorm and padding --------------
-
 DEPTH = 4  # times that the U-Net halves the image; its side must be a multiple of 2**DEPTH
 
 
@@ -243,7 +244,7 @@ def evaluate(predict, networks, data, part, distances=True):
     """Score every network on all volumes of `part` ("val" or "test"): {network: summary}."""
     volumes = {}  # {network: {volume: {class: scores}}}
     with evaluating(networks):
-        for volume, indices in data.volumes(part).items():
+        for volume, indices in tqdm(data.volumes(part).items(), part, leave=False, disable=None):
             truth = np.stack([data.truth(i) for i in indices])  # (D, H, W)
             for name, pred in segment_volume(predict, networks, data, indices).items():
                 scores = volumes.setdefault(name, {}).setdefault(volume, {})
@@ -369,8 +370,7 @@ class Data:
 
     def load_labels(self, indices):
         """Numbers of images with visible masks (B,) -> masks (B, S, S), long, on the device."""
-        masks = [self.labels[int(i)] for i in indices]
-        return torch.stack(masks).to(self.args.device).long()
+        return torch.stack([self.labels[int(i)] for i in indices]).to(self.args.device).long()
 
     def draw(self):
         """Numbers of the next batch's labelled and of its unlabelled images: (B_l,), (B_u,)."""
@@ -408,9 +408,12 @@ def stop(message, status=2):
 
 
 def explain(kind, error, trace):
-    """For sys.excepthook: Ctrl-C ends with a word, other errors with their traceback."""
+    """For sys.excepthook: Ctrl-C and a closed pipe end with a word, other errors as ever."""
     if kind is KeyboardInterrupt:
         print("\ninterrupted before the run began", file=sys.stderr)
+    elif kind is BrokenPipeError:  # `| head` has seen enough
+        print("stopped: what read the output has ended", file=sys.stderr)
+        os._exit(1)  # Python would try to flush the output once more
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -421,6 +424,20 @@ def some(items, most=4, between=", "):
     if len(words) > most:
         words[most:] = ["..."]
     return between.join(words)
+
+
+def plural(number, word):
+    """"1 unit", "2 units"."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def count_words(data, part):
+    """How many images, volumes and units a part has, in words."""
+    images, units = len(data.indices(part)), len(data.units(part))
+    volumes = len(data.volumes(part))
+    if images == units:
+        return plural(images, "image")
+    return f"{plural(images, 'image')} in {plural(volumes, 'volume')} of {plural(units, 'unit')}"
 
 
 def write_aside(path, content, write):
@@ -439,7 +456,7 @@ def write_aside(path, content, write):
 
 
 def write_text(text, path):
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(content, path):
@@ -565,11 +582,14 @@ def parser(doc):
     add("--labeled", metavar="SPEC", help="a share of the training units that have masks (10%%), a "
         "number of them (7), or a text file of ids; a unit is a patient, or an image that is no "
         "slice (default: 10%% on the phantom; all masks where some images have none)")
-    add("--size", type=number(int, 1), help="side that images are resized to (256; phantom: 64)")
-    add("--width", type=number(int, 1), help="channels of the U-Net's first stage (32; phantom 16)")
+    add("--size", type=number(int, 1),
+        help="side that images are resized to (256; without a GPU 96; phantom: 64)")
+    add("--width", type=number(int, 1),
+        help="channels of the U-Net's first stage (32; without a GPU, or on the phantom, 16)")
     add("--classes", type=number(int, 2, MAX_CLASS + 1),
         help="number of classes, if it cannot be seen from the masks")
-    add("--steps", type=number(int, 1), help="optimizer steps (10000; phantom: 800)")
+    add("--steps", type=number(int, 1),
+        help="optimizer steps (10000; without a GPU 2000; phantom: 800)")
     add("--batch-size", type=number(int, 1), default=8, help="labelled images a step (%(default)s)")
     add("--unlabeled-batch", type=number(int, 1), default=8,
         help="unlabelled images a step (%(default)s)")
@@ -598,13 +618,19 @@ def parse(parser, argv=None):
         if hasattr(stream, "reconfigure"):  # so that lines reach a log at once, ± any console
             stream.reconfigure(line_buffering=True, errors="replace")
     sys.excepthook = explain
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if "--supervised" in words and "--supervised" not in parser.format_help():
+        stop("the labelled-only baseline is that of all methods: mean_teacher.py --supervised")
+    args = parser.parse_args(words)
     if args.resume:
-        args = load_args(parser, argv, args.resume)
+        args = load_args(parser, words, args.resume)
     else:
         fill_defaults(parser, args)
     args.device = choose_device(args.device)
     args.precision = choose_precision(args.precision, args.device)
+    if args.size == 2**DEPTH and 1 in (args.batch_size, args.unlabeled_batch):
+        stop(f"--size {args.size}: a batch of 1 leaves one value a channel at the bottleneck, "
+             "which BatchNorm cannot normalise. Give batches of 2 or a larger --size.")
     count = processes()[1]
     for batch in (args.batch_size, args.unlabeled_batch):
         if batch % count:
@@ -615,9 +641,13 @@ def parse(parser, argv=None):
 
 def fill_defaults(parser, args):
     """Fill in the options that depend on others; args.options: those off their defaults."""
-    defaults = {"size": 256, "width": 32, "steps": 10000}
     if args.data is None:
         defaults = {"size": 64, "width": 16, "steps": 800}
+    elif torch.device(choose_device(args.device)).type == "cpu":
+        defaults = {"size": 96, "width": 16, "steps": 2000}
+        print("no GPU: small defaults, --size 96 --width 16 --steps 2000 (with one 256, 32, 10000)")
+    else:
+        defaults = {"size": 256, "width": 32, "steps": 10000}
     options = {}
     for option, value in vars(args).items():
         default = defaults.get(option, parser.get_default(option))
@@ -778,13 +808,37 @@ def pair_masks(images, files):
     return masks
 
 
+FOLDERS = {"images", "masks", "boxes", "tags"}
+LISTS = {"train.txt", "val.txt", "test.txt", "classes.txt"}
+NEAR_MISSES = {"image": "images", "imgs": "images", "img": "images", "mask": "masks",
+               "labels": "masks", "label": "masks", "annotations": "masks", "gt": "masks",
+               "ground_truth": "masks", "segmentations": "masks", "bboxes": "boxes"}
+
+
+def check_names(folder):
+    """Stops on names in the dataset folder that nearly are what a run looks for, or of no use."""
+    try:
+        found = sorted(os.listdir(folder))
+    except OSError as error:
+        stop(f"--data: no folder images in {folder} (found: no such folder, or it cannot be read: "
+             f"{error.strerror}). {LAYOUT}")
+    for name in found:
+        path, lower = folder / name, name.lower()
+        meant = lower if lower in FOLDERS | LISTS else NEAR_MISSES.get(lower)
+        if meant is not None and name != meant and meant not in found:
+            stop(f"--data: {path} looks like {meant}, which is not there. Rename it to {meant}, or "
+                 "to something else if it is not that.")
+        if name in FOLDERS and not path.is_dir():
+            stop(f"--data: {path} is a file or a broken link; expected a folder.")
+        if name in LISTS and not path.is_file():
+            stop(f"--data: {path} is a folder or a broken link; expected a text file.")
+    if "images" not in found:
+        stop(f"--data: no folder images in {folder} (found: {some(found) or 'nothing'}). {LAYOUT}")
+
+
 def find_items(folder):
     """The images of a dataset folder and their masks, if they have one: [Item], slices in order."""
-    if not (folder / "images").is_dir():
-        found = "no such folder"
-        if folder.is_dir():
-            found = some(sorted(os.listdir(folder))) or "nothing"
-        stop(f"--data: no folder images in {folder} (found: {found}). {LAYOUT}")
+    check_names(folder)
     images = list_files(folder / "images")
     if not images:
         found = some(sorted(os.listdir(folder / "images"))) or "nothing"
@@ -805,16 +859,19 @@ def find_items(folder):
 
 
 def read_class_names(folder, classes):
-    """classes.txt, a name a line, background first; "class 2" and so on for what it leaves out."""
+    """The names in classes.txt, background first; without the file "class 1" and so on."""
     path = folder / "classes.txt"
-    names = []
-    if path.is_file():
+    if not path.exists():
+        return ["background"] + [f"class {c}" for c in range(1, classes)]
+    try:
         lines = path.read_text("utf-8-sig", "replace").splitlines()
-        names = [line.strip() for line in lines if line.strip()][:classes]
-    if not names:
-        names = ["background"]
-    for c in range(len(names), classes):
-        names.append(f"class {c}")
+    except OSError as error:
+        stop(f"{path} cannot be read ({error.strerror}).")
+    names = [line.strip() for line in lines if line.strip()]
+    if len(names) != classes:
+        stop(f"{path}: {len(names)} names, but there are {classes} classes, the background among "
+             f"them. Expected a name a line, background first; --classes {len(names)} if the "
+             "masks that are seen lack some.")
     return names
 
 
@@ -948,7 +1005,35 @@ def make_split(items, folder, labeled, seed):
 
 # --- Pixels ---------------------------------------------------------------------------------------
 
+RECIPES = "see README, From other formats"
 MAX_CLASS = 31  # a larger number in a mask is no class number (but 255 in a binary mask is class 1)
+
+
+def check_tiff(image):
+    """ValueError on sample formats that Pillow would misread: signed 8 bits, unsigned 32 bits."""
+    tags = getattr(image, "tag_v2", {})
+    bits, kind = tags.get(258, (8,)), tags.get(339, (1,))  # BitsPerSample, SampleFormat
+    if (bits[0], kind[0]) in ((8, 2), (32, 1), (64, 1), (64, 2)):
+        name = {1: "unsigned", 2: "signed"}[kind[0]]
+        raise ValueError(f"{bits[0]} bits, {name}; expected 8 or 16 bits unsigned, or float")
+
+
+def palette_colours(path):
+    """{number: (red, green, blue)} of the palette entries that a mask uses.
+
+    Empty without a palette, and for black and white, which are read as colours.
+    """
+    if path.suffix.lower() == ".npy":
+        return {}
+    with Image.open(path) as image:
+        if image.mode != "P":
+            return {}
+        palette = image.getpalette("RGB")
+        used = np.unique(np.asarray(image)).tolist()
+    colours = {number: tuple(palette[3 * number:3 * number + 3]) for number in used}
+    if set(colours.values()) <= {(0, 0, 0), (255, 255, 255)}:
+        return {}
+    return colours
 
 
 def read_picture(path, mask):
@@ -960,6 +1045,9 @@ def read_picture(path, mask):
         pages = getattr(image, "n_frames", 1)
         if pages > 1 and image.format != "MPO":  # a camera's MPO holds one photograph twice
             raise ValueError(f"{pages} pages in a file; expected one file a slice")
+        check_tiff(image)
+        if image.mode in ("RGB", "RGBA") and any("16" in str(tile) for tile in image.tile):
+            raise ValueError("16 bits in colour, of which Pillow reads 8; save it as .npy")
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16 or 32 bits, or float
             return np.asarray(image)
@@ -993,20 +1081,36 @@ def read_pixels(path, mask=False):
     return array
 
 
+def used_range(values):
+    """The 0.5 and 99.5 percentiles of intensities (N,), padding left out.
+
+    Padding: many pixels of one value far below all others, such as -2000 in CT.
+    """
+    lowest = values == values.min()
+    rest = values[~lowest]
+    spread = np.ptp(rest) if rest.size else 0
+    if lowest.mean() > 0.005 and spread > 0 and rest.min() - values.min() > 0.1 * spread:
+        values = rest
+    return np.percentile(values, [0.5, 99.5])
+
+
 def to_bytes(arrays):
-    """A volume's images -> uint8: others are scaled together by their 0.5-99.5 percentiles."""
+    """A volume's images -> uint8: others are scaled together, each channel by its used range."""
     if all(array.dtype == np.uint8 for array in arrays):
         return list(arrays)
-    values = np.concatenate([array.ravel() for array in arrays]).astype(float)
-    low, high = np.percentile(values, [0.5, 99.5])
-    scaled = [(array - low) / max(high - low, 1e-12) * 255 for array in arrays]
-    return [array.clip(0, 255).astype(np.uint8) for array in scaled]
+    channels = [array[..., None] if array.ndim == 2 else array for array in arrays]  # (H, W, c)
+    pixels = np.concatenate([array.reshape(-1, array.shape[2]) for array in channels])
+    ranges = [used_range(values) for values in pixels.astype(float).T]
+    low, high = np.transpose(ranges)  # (c,)
+    scaled = [(array - low) / np.maximum(high - low, 1e-12) * 255 for array in channels]
+    whole = [array.clip(0, 255).astype(np.uint8) for array in scaled]
+    return [new.reshape(old.shape) for new, old in zip(whole, arrays, strict=True)]
 
 
 def read_volume(paths):
     """A volume's image files -> {path: (H, W) or (H, W, 3) uint8}, [what is wrong with others].
 
-    8-bit images stay as they are, others are scaled together by their 0.5-99.5 percentiles.
+    8-bit images stay as they are, others are scaled together.
     """
     arrays, bad = {}, []
     for path in paths:
@@ -1021,7 +1125,11 @@ def read_volume(paths):
             bad.append(f"{path.name}: 8 bits, but {deep[0]} of the same volume has more; save all "
                        "slices of a volume alike")
             del arrays[path]
-    return dict(zip(arrays, to_bytes(arrays.values()), strict=True)), bad
+    colour = [path.name for path, array in arrays.items() if array.ndim == 3]
+    if deep and 0 < len(colour) < len(arrays):
+        bad.append(f"{colour[0]}: in colour, others of its volume are grey; save all alike")
+        return {}, bad
+    return dict(zip(arrays, to_bytes(list(arrays.values())), strict=True)), bad
 
 
 def read_mask(path):
@@ -1032,11 +1140,17 @@ def read_mask(path):
     array = read_pixels(path, mask=True)
     lossy = path.suffix.lower() in (".jpg", ".jpeg")
     if array.ndim == 3:
-        if np.ptp(array, 2).any() and not lossy:
+        if np.ptp(array, 2).max() > (64 if lossy else 0):
             raise ValueError(f"{path.name}: a mask in colours; expected class numbers, or 0 and "
                              "255")
         array = array[..., 0]
     if lossy:
+        between = (array >= 40) & (array < 216)
+        inside = between[1:-1, 1:-1] & between[:-2, 1:-1] & between[2:, 1:-1]
+        inside &= between[1:-1, :-2] & between[1:-1, 2:]
+        if inside.sum() > 0.02 * (array >= 40).sum():  # areas between 0 and 255, not edges
+            raise ValueError(f"{path.name}: a JPEG of other values than 0 and 255, which it blurs; "
+                             "save masks as PNG")
         return np.where(array > 127, 255, 0).astype(np.uint8)
     if array.min() < 0 or array.max() > 255 or (array % 1).any():
         values = some([f"{value:g}" for value in np.unique(array)])
@@ -1070,9 +1184,12 @@ def check_values(files):
     if values[-1] == 255 and values[-2] <= MAX_CLASS:
         stop(f"masks hold class numbers ({values[-2]} in {files[values[-2]]}) and also 255 (in "
              f"{files[255]}). If masks are binary, write 0 and 255 in all of them. If 255 marks "
-             "pixels to ignore: that is not supported; write another class there, such as 0.")
+             "pixels to ignore: that is not supported; write another class there, such as 0. "
+             "(A palette mask of black and white alone counts as 0 and 255; save class numbers "
+             "without a palette.)")
     stop(f"mask values {some(values)} ({values[-1]} in {files[values[-1]]}); expected class "
-         f"numbers 0, 1, 2, ... up to {MAX_CLASS}, or 0 and 255")
+         f"numbers 0, 1, 2, ... up to {MAX_CLASS}, or 0 and 255. If they number objects "
+         f"(instances): {RECIPES}.")
 
 
 # --- Cache: images are decoded once, into one file that is then mapped into memory ----------------
@@ -1103,6 +1220,8 @@ def write_cache(path, tensors):
         torch.save(tensors, aside)
         with contextlib.suppress(PermissionError):  # Windows: another run has it open already
             os.replace(aside, path)
+        print(f"decoded images are kept in {path.parent} ({path.stat().st_size / 2**20:.1f} MiB "
+              "more); it may be deleted at any time")
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -1159,7 +1278,8 @@ def decode_images(items, args):
 
 def read_masks(data, visible):
     """Masks at --size: {"pixels": class numbers (M, S, S) uint8, "binary", "largest" class}."""
-    pixels, files, bad = [], {}, []  # files: {value: the first file that holds it}
+    pixels, bad = [], []
+    files, colours = {}, {}  # {value: the first file that holds it}, {value: (colour, file)}
     for i in tqdm(visible, "decoding masks", leave=False, disable=None):
         path = data.items[i].mask
         try:
@@ -1173,6 +1293,11 @@ def read_masks(data, visible):
                        f"{height} x {width}")
         for value in np.unique(mask).tolist():
             files.setdefault(value, path.name)
+        for value, colour in palette_colours(path).items():
+            first, name = colours.setdefault(value, (colour, path.name))
+            if colour != first:
+                bad.append(f"{path.name}: number {value} of its palette is the colour {colour}, in "
+                           f"{name} {first}; save class numbers without a palette")
         small = Image.fromarray(mask).resize((data.args.size, data.args.size), Image.NEAREST)
         pixels.append(torch.from_numpy(np.array(small)))
     stop_if_bad(bad, "masks")
@@ -1423,18 +1548,17 @@ class Run:
         data, args = self.data, self.args
         print(f"{self.method} on {data.name}: {data.classes} classes; {args.device}, "
               f"{args.precision}, {torch.get_num_threads()} threads")
-        counts = []
         for part in self.split:
-            counts.append(f"{len(data.indices(part))} images of {len(data.units(part))} units "
-                          f"{part}")
-        print(f"{', '.join(counts)}; split {self.split_digest}")
-        print(f"labelled: {some(data.units('labeled'))}")
-        print(f"run folder: {self.folder}")
+            print(f"{part}: {count_words(data, part)}: {some(data.units(part))}")
+        print_classes(data)
+        for warning in [*class_warnings(data), *name_warnings(data)]:
+            print(f"warning: {warning}")
+        print(f"split {self.split_digest}; run folder: {self.folder}")
 
     def explain(self, kind, error, trace):
         """For sys.excepthook: Ctrl-C gets a message, other errors their traceback."""
         if kind is not KeyboardInterrupt:
-            sys.__excepthook__(kind, error, trace)
+            explain(kind, error, trace)
         elif self.saved_step > 0:
             print(f"\ninterrupted. To continue after step {self.saved_step}, the last checkpoint: "
                   f"python {self.file}.py --resume {self.folder}")
@@ -1451,8 +1575,9 @@ class Run:
                     start = time.time()
                 if step == first + 12:
                     seconds = (time.time() - start) / 10
-                    minutes = seconds * (total - step) / 60
-                    self.say(f"{seconds:.2g} seconds a step, about {minutes:.0f} minutes to go")
+                    minutes = math.ceil(seconds * (total - step) / 60)
+                    left = plural(minutes, "minute")
+                    self.say(f"{seconds:.2g} seconds a step, about {left} left")
                 yield step
                 self.bar.update()
 
@@ -1523,8 +1648,9 @@ class Run:
         """best.pt has what predicting needs, last.pt also what --resume needs."""
         data, args = self.data, self.args
         state = {"file": self.file, "method": self.method, "step": done, "headline": self.headline,
-                 "size": args.size, "width": args.width, "channels": data.channels,
-                 "classes": data.classes, "class_names": data.class_names,
+                 "predict": self.predict.__name__, "size": args.size, "width": args.width,
+                 "channels": data.channels, "classes": data.classes,
+                 "class_names": data.class_names,
                  "networks": {name: net.state_dict() for name, net in self.networks.items()}}
         if better:
             write_aside(self.folder / "best.pt", state, torch.save)
@@ -1595,7 +1721,9 @@ class Run:
         last = evaluate(self.predict, self.networks, data, "test")
         last = {self.headline: last[self.headline]} | last  # first in the table
         best, best_step = last, args.steps
-        state = load_checkpoint(self.folder / "best.pt", "best.pt")
+        state = {"step": args.steps}
+        if (self.folder / "best.pt").exists():
+            state = load_checkpoint(self.folder / "best.pt", "best.pt")
         if state["step"] < args.steps:
             networks = copy.deepcopy(self.networks)  # the last ones stay in place
             for name, network in networks.items():
@@ -1628,12 +1756,12 @@ class Run:
             for name, probs in self.predict(self.networks, x).items():
                 columns[name] = overlay(x, probs.argmax(1))
             columns |= self.pictures(self.networks, x)
-        save_sheet(self.folder / "preview.png", columns)
+        save_sheet(self.folder / "preview.png", columns, self.data.class_names)
 
     def print_results(self, results):
         """The table at the end of a run."""
         data = self.data
-        print(f"\nTest: {len(data.volumes('test'))} volumes of {len(data.units('test'))} units")
+        print(f"\nTest: {count_words(data, 'test')}")
         rows = [["network, checkpoint", "Dice %", "Jaccard %", "HD95 px", "ASD px", ""]]
         for name, scores in results["networks"].items():
             for when in ("last", "best"):
@@ -1649,10 +1777,14 @@ class Run:
         head = results["networks"][self.headline]["last"]
         for c, scores in head["classes"].items():
             empty = head["empty"][c]
-            present = len(head["volumes"]) - empty["both"] - empty["truth"]
-            print(f"{data.class_names[int(c)]}: Dice {cell(scores['dice'])}; not found in "
-                  f"{empty['prediction']} of {present} volumes that have it, found in "
-                  f"{empty['truth']} of {empty['both'] + empty['truth']} that do not")
+            absent = empty["both"] + empty["truth"]
+            words = f"{data.class_names[int(c)]}: Dice {cell(scores['dice'])}"
+            if empty["prediction"] > 0:
+                words += f"; not found in {empty['prediction']} of "
+                words += f"{plural(len(head['volumes']) - absent, 'volume')} with it"
+            if empty["truth"] > 0:
+                words += f"; found in {empty['truth']} of {plural(absent, 'volume')} without it"
+            print(words)
         print(f"results.json, preview.png, log.csv, last.pt and best.pt are in {self.folder}")
 
 
@@ -1671,16 +1803,18 @@ def load_checkpoint(path, what):
     """A checkpoint file's content; stops with a message if it is none, or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if "networks" not in state or "headline" not in state:
+        if "networks" not in state or not state["predict"].startswith("predict"):
             raise ValueError("no checkpoint of this project")
         for name, weights in state["networks"].items():
             for key, tensor in weights.items():
                 if not torch.isfinite(tensor).all():
                     raise ValueError(f"{key} of {name} is not finite")
     except Exception as error:  # torch.load raises a dozen types on damaged files
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-        stop(f"{what}: {path} cannot be used ({reason}). Expected a run folder, or its last.pt or "
-             "best.pt.")
+        reason = str(error).partition("\n")[0].partition(". ")[0][:200]
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            reason = "it holds more than weights"  # torch would advise to run what it holds
+        stop(f"{what}: {path} cannot be used ({type(error).__name__}: {reason}). Expected a run "
+             "folder, or its last.pt or best.pt.")
     return state
 
 
@@ -1702,7 +1836,7 @@ def load_run(path, device="cpu"):
     for name, weights in state["networks"].items():
         networks[name] = built[name].to(device).eval()
         networks[name].load_state_dict(weights)
-    return LoadedRun(state, networks, method.predict, device)
+    return LoadedRun(state, networks, getattr(method, state["predict"]), device)
 
 
 def load_network(path, network):
@@ -1737,7 +1871,7 @@ def segment(run, image, network=None):
 
 # --- Pictures -------------------------------------------------------------------------------------
 
-COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#911eb4", "#46f0f0", "#f032e6"]
+COLORS = ["#00e5ff", "#a6ff00", "#e6194b", "#ffe119", "#4363d8", "#f032e6", "#f58231", "#3cb44b"]
 TILE = 160  # pixels of a picture in a sheet
 
 
@@ -1764,8 +1898,19 @@ def examples(data, part):
     return [indices[len(indices) // 2] for indices in some_volumes]
 
 
-def save_sheet(path, columns):
-    """A PNG of titled columns {title: images (B, 1 or 3, H, W), in [0, 1] or uint8}."""
+def draw_legend(sheet, names, top):
+    """Write the names of the classes but the background in their colours, a line each."""
+    for i, name in enumerate(names[1:]):
+        color = COLORS[i % len(COLORS)]
+        font = ImageFont.load_default(12)
+        ImageDraw.Draw(sheet).text((4, top + 16 * i), name, color, font)
+
+
+def save_sheet(path, columns, names):
+    """A PNG of titled columns {title: images (B, 1 or 3, H, W), in [0, 1] or uint8}, and a legend.
+
+    names: of the classes, background first.
+    """
     tiles = []
     for images in columns.values():
         if images.is_floating_point():
@@ -1774,7 +1919,10 @@ def save_sheet(path, columns):
         tiles.append(F.interpolate(images, (TILE, TILE)))
     rows = torch.stack(tiles, 1).flatten(0, 1)  # row by row
     grid = make_grid(rows, nrow=len(columns), pad_value=255)
-    sheet = tvf.to_pil_image(F.pad(grid, (0, 0, 40, 0), value=255))
+    below = 16 * len(names)
+    sheet = tvf.to_pil_image(F.pad(grid, (0, 0, 40, below), value=255))
+    ImageDraw.Draw(sheet).rectangle((0, sheet.height - below, sheet.width, sheet.height), "black")
+    draw_legend(sheet, names, sheet.height - below + 4)
     for i, title in enumerate(columns):
         xy = (4 + i * (TILE + 2), 3)
         ImageDraw.Draw(sheet).text(xy, title, "black", ImageFont.load_default(13))
@@ -1800,43 +1948,165 @@ def print_table(rows):
         print("  ".join(words).rstrip())
 
 
+# --- Data doctor: what a run prints at its start, and check in full -------------------------------
+
+def class_counts(data, part):
+    """Of the masks of a part: pixels of each class (C,), images that have it (C,)."""
+    pixels, images = np.zeros(data.classes, int), np.zeros(data.classes, int)
+    for i in data.indices(part):
+        count = np.bincount(data.labels[i].numpy().ravel(), minlength=data.classes)
+        pixels += count
+        images += count > 0
+    return pixels, images
+
+
+def print_classes(data):
+    """A table: of each class the share of pixels, and how many images of each part have it."""
+    counts = {part: class_counts(data, part) for part in ("labeled", "val", "test")}
+    pixels = sum(pixels for pixels, _ in counts.values())
+    rows = [["class", "of pixels", *(f"in {part} images" for part in counts)]]
+    for c, name in enumerate(data.class_names):
+        share = f"{pixels[c] / pixels.sum():.2%}"
+        rows.append([f"{c} {name}", share, *(str(images[c]) for _, images in counts.values())])
+    print_table(rows)
+
+
+def class_warnings(data):
+    """Sentences about classes: too many, in one image alone, not in the labelled images."""
+    _, labeled = class_counts(data, "labeled")
+    images = labeled + class_counts(data, "val")[1] + class_counts(data, "test")[1]
+    found = []
+    if data.classes > 8:
+        found.append(f"{data.classes} classes. If masks number objects (instances), not classes: "
+                     f"{RECIPES}.")
+    rare = [data.class_names[c] for c in range(data.classes) if images[c] == 1]
+    if rare and len(data.labels) > 3:
+        found.append(f"in one image alone: {some(rare)}. If masks number objects (instances), not "
+                     f"classes: {RECIPES}.")
+    missing = [data.class_names[c] for c in range(data.classes) if labeled[c] == 0]
+    if missing:
+        found.append(f"no labelled image has {some(missing)} (at --size {data.args.size}), so it "
+                     "cannot be learned. Label other units (--labeled, --split-seed), or enlarge "
+                     "--size.")
+    return found
+
+
+def name_warnings(data):
+    """Sentences about names: what was passed over, and names that may mean something else."""
+    found = []
+    for part in ("images", "masks"):
+        folder = Path(data.args.data, part)
+        if not folder.is_dir():
+            continue
+        names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+        passed = sorted(name for name in names if Path(name).suffix.lower() not in ENDINGS)
+        if passed:
+            found.append(f"passed over in {part}: {len(passed)} that are no images, by their names "
+                         f"({some(passed)}).")
+    names = {item.name for item in data.items}
+    longer = [name for name in sorted(names) if name.rpartition("_")[0] in names]
+    if longer:
+        found.append(f"{plural(len(longer), 'image')} named like another with a suffix "
+                     f"({some(longer)}). If they are masks or the like, move them out of images.")
+    groups = {}
+    for item in data.items:
+        if item.unit == item.name:
+            groups.setdefault(re.sub(r"\d+$", "", item.name), []).append(item.name)
+    stacks = [names for names in groups.values() if len(names) > 2]
+    if len(stacks) > 2:
+        found.append(f"{len(stacks)} groups of images differ in their last number alone "
+                     f"({some(stacks[0], 2)}). If they are slices or frames of one patient, name "
+                     "them PATIENT_slice_000, so that they stay in one part of the split.")
+    forms = {unicodedata.normalize("NFC", name) for name in names}
+    if len(forms) < len(names):
+        found.append("some names differ in their Unicode form alone; they count as two images.")
+    return found
+
+
+def intensity_warnings(data):
+    """Prints the stored range of a sample of images and what a network sees; warns of dark ones."""
+    sample = range(0, len(data.items), max(1, len(data.items) // 50))
+    arrays = [read_pixels(data.items[i].image) for i in sample]
+    low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
+    used = data.images[list(sample)]
+    print(f"intensities of {len(arrays)} images: stored as {arrays[0].dtype} from {low:g} to "
+          f"{high:g}, used from {used.min()} to {used.max()}, mean {used.float().mean():.0f}")
+    share = np.percentile(used.numpy(), 99.5) / 255
+    if arrays[0].dtype == np.uint8 and share < 0.2:
+        return [f"the images use {share:.0%} of the range of intensities. Stored as 16-bit, they "
+                "are scaled to it (README, Your own data)."]
+    return []
+
+
+def print_reachable_dice(data):
+    """Of some test masks, for each class: the Dice of the mask itself, reduced to --size and back.
+
+    A network that gives what it was taught cannot be better: thin structures need a larger --size.
+    """
+    dice = {c: [] for c in range(1, data.classes)}
+    for i in data.indices("test")[:50]:
+        truth = data.truth(i)
+        onehot = F.one_hot(data.labels[i].long(), data.classes).movedim(2, 0)[None].float()
+        again = F.interpolate(onehot, truth.shape, mode="bilinear").argmax(1)[0].numpy()
+        for c in dice:
+            scores = mask_scores(again == c, truth == c, distances=False)
+            if scores is not None:
+                dice[c].append(scores["dice"])
+    words = []
+    for c, values in dice.items():
+        if values:
+            words.append(f"{data.class_names[c]} {sum(values) / len(values):.1f}")
+    print(f"best Dice that --size {data.args.size} allows: {', '.join(words)}")
+
+
+def method_of(name):
+    """The module of a method's file beside this one, or None for other files."""
+    path = Path(__file__).with_name(name)
+    if path.suffix != ".py" or path == Path(__file__) or not path.stem.isidentifier():
+        return None
+    return importlib.import_module(path.stem)
+
+
 # --- Commands -------------------------------------------------------------------------------------
-
-def print_classes(labels, names):
-    """Of masks (M, S, S): each class's share of pixels, and in how many images it is."""
-    for c in labels.unique().tolist():
-        here = labels == c
-        name = names[c] if c < len(names) else "(no labelled, validation or test mask has it)"
-        print(f"class {c} {name}: {here.float().mean():.2%} of pixels, in "
-              f"{here.flatten(1).any(1).sum()} of {len(labels)} images")
-
 
 def check_data(args):
     """The data doctor: everything about a dataset that a run depends on. Reads hidden masks too."""
     data = Data(args)
     items = data.items
     masked = [i for i, item in enumerate(items) if item.mask is not None]
-    labels = read_masks(data, masked)["pixels"]
+    everything = read_masks(data, masked)
     volumes = {item.volume for item in items}
     units = {item.unit for item in items}
     print(f"{data.name}: {len(items)} images, {len(masked)} with masks, {len(units)} units "
-          f"(patients or images), {len(volumes)} volumes")
+          f"(patients, or images that are no slices), {len(volumes)} volumes")
     for i in sorted({0, len(items) // 2, len(items) - 1}):
         print(f"  {items[i].name}: unit {items[i].unit}, volume {items[i].volume}")
     sizes = [f"{h} x {w}" for h, w in sorted(set(data.sizes))]
-    sample = data.images[::max(1, len(items) // 100)]
-    print(f"sizes: {some(sizes)}; channels: {data.channels}; intensity {sample.min()} to "
-          f"{sample.max()}, mean {sample.float().mean():.0f}")
-    print_classes(labels, data.class_names)
+    print(f"sizes: {some(sizes)}; channels: {data.channels}")
+    dark = intensity_warnings(data)
     for part in data.split:
-        units = data.units(part)
-        print(f"{part}: {len(units)} units, {len(data.indices(part))} images: {some(units)}")
+        print(f"{part}: {count_words(data, part)}: {some(data.units(part))}")
+    print_classes(data)
+    print_reachable_dice(data)
+    for name in sorted(os.listdir(Path(__file__).parent)):
+        module = method_of(name)
+        if hasattr(module, "check_folder"):
+            module.check_folder(data)
+    warnings_found = [*class_warnings(data), *name_warnings(data), *dark]
+    if everything["largest"] >= data.classes:
+        warnings_found.append(f"masks that a run does not see hold class {everything['largest']}")
+    for warning in warnings_found:
+        print(f"warning: {warning}")
     labeled = data.indices("labeled")
     chosen = labeled[::max(1, len(labeled) // 6)][:6]
     x = data.load_images(chosen)
     path = Path(args.out, data.name, "check.png")
-    save_sheet(path, {"image": x, "mask": overlay(x, data.load_labels(chosen))})
-    print(f"no problem found; look at {path}")
+    columns = {"image": x, "mask": overlay(x, data.load_labels(chosen))}
+    save_sheet(path, columns, data.class_names)
+    words = "no problem found"
+    if warnings_found:
+        words = f"{plural(len(warnings_found), 'warning')}, no error"
+    print(f"{words}; look at {path}")
 
 
 def write_prediction(run, image, labels, name, out):
@@ -1844,13 +2114,11 @@ def write_prediction(run, image, labels, name, out):
     write_aside(out / "masks" / f"{name}.png", Image.fromarray(labels), write_png)
     x = tvf.to_image(Image.fromarray(image))[None] / 255
     picture = tvf.to_pil_image(overlay(x, torch.from_numpy(labels)[None])[0])
-    names = run.state["class_names"][1:]
-    height, line = picture.height, 16
-    sheet = Image.new("RGB", (max(picture.width, 150), height + line * len(names)))
+    names = run.state["class_names"]
+    size = max(picture.width, 150), picture.height + 16 * (len(names) - 1)
+    sheet = Image.new("RGB", size)
     sheet.paste(picture)
-    for i, class_name in enumerate(names):
-        xy, color = (4, height + line * i), COLORS[i % len(COLORS)]
-        ImageDraw.Draw(sheet).text(xy, class_name, color, ImageFont.load_default(12))
+    draw_legend(sheet, names, picture.height)
     write_aside(out / "overlays" / f"{name}.png", sheet, write_png)
 
 
@@ -2050,7 +2318,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(f"common.py {command}")
     add = p.add_argument
     if command == "check":
-        args = parse(parser(check_data.__doc__), ["--device", "cpu", *rest])
+        args = parse(parser(check_data.__doc__), rest)
         args.labeled = args.labeled or "100%"
         check_data(args)
     elif command == "phantom":

@@ -4,11 +4,12 @@
 C. Seibold, A. Freytag, E. Rodner, R. Stiefelhagen, CVPR 2021, https://arxiv.org/abs/2104.13243
 
 Idea
-    A cell of a coarse decoder stage covers many pixels, so its target is the set of classes in it;
-    a head at each stage says which are there. Such targets forgive small errors, so they may come
-    from labels that are not quite right: a slowly moving teacher labels the images without masks,
-    choosing among the classes that boxes or image-level labels allow, where there are any. A clean
-    head learns from true masks alone; it makes those labels. The teacher's is used in the end.
+    A cell of a coarse decoder stage covers many pixels. Its target is the set of the classes in
+    it, and a head at each stage says which classes are there. Such targets forgive small errors,
+    so they may come from labels that are not quite right: a slowly moving teacher labels the
+    images without masks, and chooses among the classes that boxes or image-level labels allow, if
+    there are any. A separate "clean" head is trained on true masks only. The teacher's clean head
+    makes the pseudo-labels, and makes the final segmentation.
 
         x_l -> student -> clean head <--- L_sup --- y;   heads <--- BCE --- y, max-pooled
         x_u, strong view -> student -> heads <--- BCE --- Ŷ, max-pooled
@@ -29,16 +30,26 @@ Equations (numbers are this file's)
     Eq. (7)  main                L = L_sup(y) + L_MLDS(y) + λ(t) L_MLDS(Ŷ)
 
 Differences
-    1. From the paper: U-Net, AdamW, batches and common.strong as in all six files; the clean head
-       has CE + Dice as they have, not CE alone; λ = 0.3 and its ramp are [ours]. Dice matters in
-       short training: with CE alone the phantom's small class was not found (49, 56, 53 validation
-       Dice with λ = 1, 0.3, 0.05, seed 10), and --variant mlds ended at 69; with CE + Dice and
-       λ = 0.3 it ended at 82 (labelled-only, CE + Dice: 77).
-    2. From the authors' code: BCE is a mean over images, not a sum, so that the learning rate does
-       not depend on the batch size. EMA as in mean_teacher.py: parameters only; whoever labels is
-       in train mode. Not measured.
-    3. Labelled and unlabelled images pass separately, so that no batch statistics mix them. The
-       unlabelled stream holds no labelled image (at 100% all, and Ŷ is their mask).
+    paper or authors' code               | here                                 | does it matter?
+    -------------------------------------+--------------------------------------+-------------------
+    The clean head has cross-entropy     | It has CE + Dice, as in all six      | CE: 56 Dice, CE +
+    alone.                               | files.                               | Dice: 82 (seed 10)
+    The clean head has two layers, as    | It is one 1×1 convolution.           | ?
+    the others (code).                   |                                      |
+    BCE is summed over the batch (code). | A mean, so that the rate does not    | ?
+                                         | depend on the batch size.            |
+    (λ and its ramp are not the          | λ = 0.3 with a ramp [ours].          | with CE: 49, 56,
+    paper's.)                            |                                      | 53 for λ = 1, 0.3,
+                                         |                                      | 0.05
+    (BatchNorm in the teacher is not     | It labels in train mode, with        | ?
+    described.)                          | statistics of its own; parameters    |
+                                         | alone are averaged.                  |
+    (Some code streams labelled images   | No unlabelled image is labelled (at  | ?
+    as unlabelled, too.)                 | 100% all, and Ŷ is their mask).      |
+    Other networks and optimizers.       | U-Net, AdamW and common.strong, as   | ?
+                                         | in all six files; labelled and       |
+                                         | unlabelled images pass separately.   |
+    Dice: on the phantom's validation patients, at the end.
 """
 import copy
 import math
@@ -58,6 +69,7 @@ from common import (
     parse,
     parser,
     place,
+    plural,
     poly_decay,
     ramp_up,
     set_lr,
@@ -69,7 +81,7 @@ from common import (
 WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
 EMA_DECAY = 0.99  # [ours] as in mean_teacher.py
 RAMP = 0.3  # [ours] share of the steps over which lambda grows, as in mean_teacher.py
-HIDDEN = 64  # [paper] channels inside a multi-label head
+HIDDEN = 64  # [code] channels inside a multi-label head
 
 # ------------------------------------------------------------------------------------------ Modules
 
@@ -260,7 +272,14 @@ def annotations(data, kind, spec):
     """
     number_of = {item.name: i for i, item in enumerate(data.items)}
     found = {}
-    for path in sorted(Path(data.args.data, kind).glob("[!.]*.txt")):
+    folder, paths = Path(data.args.data, kind), []
+    if folder.is_dir():
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".txt")
+    for path in paths:
+        if path.name.startswith("."):
+            continue
+        if path.suffix != ".txt":
+            stop(f"{path}: expected the ending .txt. Rename it.")
         if path.stem not in number_of or not path.is_file():
             stop(f"{path}: no image has this name, or it is no file. Rename or remove it.")
         found[number_of[path.stem]] = read_boxes(path, kind, data.classes)
@@ -283,6 +302,14 @@ def annotations(data, kind, spec):
         if i not in found:
             found[i] = boxes_of(mask) if kind == "boxes" else tags_of(mask)
     return found
+
+
+def check_folder(data):
+    """For `common.py check`: stops on what a run with these boxes and tags would stop on."""
+    for kind in ("boxes", "tags"):
+        found = annotations(data, kind, None)
+        if found:
+            print(f"{kind}: {plural(len(found), 'image')}")
 
 
 def allowed_maps(data, boxes_spec, tags_spec):

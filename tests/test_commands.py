@@ -111,26 +111,50 @@ def check(data, tmp_path, *more):
                 "--cache", tmp_path / "cache", *more)
 
 
+def classes_in(out):
+    """The table of classes that check and a run print: {"1 lung": [share, images of each part]}."""
+    lines = out.splitlines()
+    [first] = [number for number, line in enumerate(lines) if line.startswith("class  ")]
+    assert re.split("  +", lines[first]) == [
+        "class", "of pixels", "in labeled images", "in val images", "in test images"]
+    rows = {}
+    for line in lines[first + 1:]:
+        name, *cells = re.split("  +", line)
+        if len(cells) != 4:
+            break
+        rows[name] = cells
+    return rows
+
+
 def test_check_prints_classes_with_shares_and_numbers_of_images(phantom, tmp_path, capsys):
     """Over all masks that are there: one is missing."""
     (phantom / "masks" / "p01_frame02_slice_03.png").unlink()
-    (phantom / "classes.txt").write_text("background\nright ventricle\n")
+    names = ["background", "right ventricle", "class 2", "class 3"]
+    (phantom / "classes.txt").write_text("\n".join(names))
     check(phantom, tmp_path)
     out = capsys.readouterr().out
-    masks = np.stack([np.array(Image.open(path)) for path in phantom.glob("masks/*")])
-    assert len(masks) == 63
-    names = ["background", "right ventricle", "class 2", "class 3"]
+    masks = {"labeled": [], "val": [], "test": []}
+    for path in phantom.glob("masks/*"):
+        part = {"p30": "val", "p36": "test"}.get(path.name[:3], "labeled")
+        masks[part].append(np.array(Image.open(path)))
+    every = np.stack(sum(masks.values(), []))
+    assert len(every) == 63
+    expected = {}
     for c, name in enumerate(names):
-        images = sum(int((mask == c).any()) for mask in masks)
-        share = (masks == c).mean()
-        assert f"\nclass {c} {name}: {share:.2%} of pixels, in {images} of 63 images\n" in out
-    assert "class 4" not in out
-    assert "phantom: 64 images, 63 with masks, 8 units (patients or images), 16 volumes\n" in out
+        expected[f"{c} {name}"] = [f"{(every == c).mean():.2%}"]
+        for part in masks.values():
+            images = sum(int((mask == c).any()) for mask in part)
+            expected[f"{c} {name}"].append(str(images))
+    assert classes_in(out) == expected
+    assert ("phantom: 64 images, 63 with masks, 8 units (patients, or images that are no slices), "
+            "16 volumes\n") in out
     assert "p00_frame01_slice_00: unit p00, volume p00_frame01\n" in out
-    assert "sizes: 32 x 32; channels: 1; intensity" in out
-    assert "\nlabeled: 6 units, 47 images: p00, p01, p02, p03, ...\n" in out  # without --labeled
-    assert "\nunlabeled: 1 units, 1 images: p01\n" in out
-    assert "\nval: 1 units, 8 images: p30\n" in out and "\ntest: 1 units, 8 images: p36\n" in out
+    assert "sizes: 32 x 32; channels: 1\nintensities of" in out
+    labeled = "labeled: 47 images in 12 volumes of 6 units: p00, p01, p02, p03, ..."
+    assert f"\n{labeled}\n" in out  # without --labeled
+    assert "\nunlabeled: 1 image: p01\n" in out
+    assert "\nval: 8 images in 2 volumes of 1 unit: p30\n" in out
+    assert "\ntest: 8 images in 2 volumes of 1 unit: p36\n" in out
     path = tmp_path / "checked" / "phantom" / "check.png"
     assert f"no problem found; look at {path}" in out
     with Image.open(path) as sheet:
@@ -141,9 +165,12 @@ def test_check_of_binary_masks_speaks_of_class_1(make_dataset, tmp_path, capsys)
     root = make_dataset(classes=2, scale=255, size=48)
     check(root, tmp_path, "--labeled", "3")
     out = capsys.readouterr().out
-    assert re.search(r"class 1 class 1: [1-9]\S*% of pixels, in 14 of 14 images", out)
+    rows = classes_in(out)
+    assert list(rows) == ["0 background", "1 class 1"]
+    share, *images = rows["1 class 1"]
+    assert float(share.rstrip("%")) > 1 and images == ["3", "1", "3"]
     assert "class 255" not in out and "sizes: 48 x 48" in out
-    assert "\nlabeled: 3 units, 3 images" in out
+    assert "\nlabeled: 3 images: case" in out
 
 
 def test_check_shows_a_class_that_hidden_masks_alone_have(make_dataset, options, tmp_path, capsys):
@@ -153,7 +180,8 @@ def test_check_shows_a_class_that_hidden_masks_alone_have(make_dataset, options,
     Image.fromarray(np.full((32, 32), 3, np.uint8)).save(hidden.mask)
     check(root, tmp_path, "--labeled", "3")
     out = capsys.readouterr().out
-    assert re.search(rf"\nclass 3 .*: {1 / 14:.2%} of pixels, in 1 of 14 images\n", out)
+    assert "\nwarning: masks that a run does not see hold class 3\n" in out
+    assert "no problem found" not in out
 
 
 @pytest.mark.parametrize("content", ["garbage", "colours"])

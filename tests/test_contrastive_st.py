@@ -397,7 +397,8 @@ def test_init_takes_the_headline_network(options):
 
 
 def checkpoint(classes=4, headline="student"):
-    return {"headline": headline, "networks": {"student": UNet(1, classes, 4).state_dict()}}
+    return {"headline": headline, "predict": "predict",
+            "networks": {"student": UNet(1, classes, 4).state_dict()}}
 
 
 def with_nan():

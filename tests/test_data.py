@@ -428,9 +428,13 @@ def test_validation_reads_masks_at_their_own_size(make_dataset, options):
 
 def test_class_names(make_dataset, options):
     root = make_dataset(classes=4)
-    (root / "classes.txt").write_bytes("\ufeffback\n\n lung \n".encode())
-    assert data_of(options(data=root)).class_names == ["back", "lung", "class 2", "class 3"]
-    assert data_of(options("--classes", 6, data=root)).classes == 6
+    names = ["background", "class 1", "class 2", "class 3"]
+    assert data_of(options(data=root)).class_names == names
+    data = data_of(options("--classes", 6, data=root))
+    assert data.classes == 6 and data.class_names == [*names, "class 4", "class 5"]
+    text = "\ufeffback\n\n lung \r\nheart\nleft liver\n"
+    (root / "classes.txt").write_bytes(text.encode())
+    assert data_of(options(data=root)).class_names == ["back", "lung", "heart", "left liver"]
 
 
 # --- Cache ----------------------------------------------------------------------------------------
@@ -599,18 +603,27 @@ def test_check_reports_a_dataset(make_dataset, options, tmp_path, capsys):
     assert Image.open(tmp_path / "runs" / "set" / "check.png").size[0] > 300
 
 
+def without_labeled(argv):
+    """The options without --labeled SPEC."""
+    cut = argv.index("--labeled")
+    return argv[:cut] + argv[cut + 2:]
+
+
 def test_check_counts_pixels_and_parts_of_all_masks(make_dataset, options, capsys):
     root = make_dataset()
     pixels = np.zeros(3, int)
     for path in (root / "masks").iterdir():
         pixels += np.bincount(np.asarray(Image.open(path)).ravel(), minlength=3)
-    common.main(["check", *options(data=root)])
-    out = capsys.readouterr().out
+    argv = options(data=root)
+    common.main(["check", *without_labeled(argv)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     shares = pixels / pixels.sum()
     for c, name in enumerate(["background", "class 1", "class 2"]):
-        assert f"class {c} {name}: {shares[c]:.2%} of pixels" in out
-    assert "labeled: 3 units, 3 images" in out and "unlabeled: 7 units, 7 images" in out
-    assert "val: 1 units, 1 images" in out and "test: 3 units, 3 images" in out
+        assert [str(c), *name.split(), f"{shares[c]:.2%}", "10", "1", "3"] in rows
+    common.main(["check", *argv])
+    out = capsys.readouterr().out
+    assert "labeled: 3 images: case" in out and "unlabeled: 7 images: case" in out
+    assert "val: 1 image: case" in out and "test: 3 images: case" in out
 
 
 def hide_size(root, name):
@@ -640,7 +653,13 @@ def test_check_finds_what_is_wrong_with_hidden_masks(make_dataset, options, caps
 
 
 def test_check_without_labeled_shows_all_masks(make_dataset, options, capsys):
-    argv = options(data=make_dataset())
-    cut = argv.index("--labeled")
-    common.main(["check", *argv[:cut], *argv[cut + 2:]])
-    assert "labeled: 10 units" in capsys.readouterr().out
+    common.main(["check", *without_labeled(options(data=make_dataset()))])
+    assert "labeled: 10 images: case" in capsys.readouterr().out
+
+
+def test_check_counts_images_volumes_and_units(make_dataset, options, capsys):
+    root = make_dataset(units=6, slices=2)
+    common.main(["check", *options("--labeled", 1, data=root)])
+    out = capsys.readouterr().out
+    assert "labeled: 2 images in 1 volume of 1 unit: p0" in out
+    assert "unlabeled: 6 images in 3 volumes of 3 units: p0" in out

@@ -110,6 +110,6 @@ def test_supervised_sees_no_unlabelled_image(make_dataset, options):
 def test_supervised_reports_the_student(options):
     results = mt.main(options("--supervised", steps=2))
     assert results["method"] == "supervised" and results["headline"]["network"] == "student"
-    assert list(results["networks"]) == ["student", "teacher"]
+    assert list(results["networks"]) == ["student", "its EMA"]
     results = mt.main(options(steps=2))
     assert results["method"] == "mean_teacher" and results["headline"]["network"] == "teacher"

@@ -31,7 +31,7 @@ SKELETON = """\
     torch.manual_seed(args.seed)
     networks = place(build(data.channels, data.classes, args.width), args)
     autocast, scaler = mixed_precision(args)
-    run = Run(__file__, args, data, networks, [optimizer, scaler], predict, ...
+    run = Run(__file__, args, data, networks, [optimizer, scaler], ...
     for step in run.steps():
         # 1 batch...
         # 2 views
@@ -47,7 +47,7 @@ SKELETON = """\
         # 7 log, validate, save
         run.save(step)
     return run.finish()""".splitlines()
-MOST_LINES = {"mlds": 440}  # boxes and image-level labels live there
+MOST_LINES = {"mlds": 450}  # boxes and image-level labels live there
 RUN_FILES = ["args.json", "best.pt", "last.pt", "log.csv", "preview.png", "results.json",
              "split.json"]
 
@@ -148,10 +148,10 @@ def test_common_names_no_method():
 @methods
 def test_file_fits_a_lecture(method):
     lines = source(method).splitlines()
-    assert 120 <= len(lines) <= MOST_LINES.get(method, 300)
+    assert 120 <= len(lines) <= MOST_LINES.get(method, 320)
     assert max(map(len, lines)) <= 100
     card = ast.get_docstring(ast.parse(source(method)))
-    assert len(card.splitlines()) <= 45
+    assert len(card.splitlines()) <= 60
     for part in ("https://arxiv.org/abs/", "Idea\n", "Run\n", "Equations", "Differences\n"):
         assert part in card
     for line in lines:  # every constant has its source

@@ -255,12 +255,12 @@ def test_the_best_checkpoint_is_scored_unless_it_is_the_last(make_dataset, optio
                                                              good_at, scored):
     calls = []
 
-    def count(networks, x):
+    def predict_and_count(networks, x):
         calls.append(len(x))
         return {"net": networks["net"](x)}
     args = parse(parser(""), options("--val-every", 2, data=make_dataset(), steps=4))
     data, net = Data(args), Brightness()
-    run = Run("x.py", args, data, {"net": net}, [], count, "net", no_pictures)
+    run = Run("x.py", args, data, {"net": net}, [], predict_and_count, "net", no_pictures)
     for step in run.steps():
         net.on.fill_(step + 1 == good_at)
         run.log(loss=0.0)

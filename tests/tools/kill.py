@@ -36,7 +36,7 @@ def kill_and_resume(method, argv, out, seconds, rng):
             words = ["--resume", str(folders[0].parent)]
         process = start(method, words)
         try:
-            status = process.wait(rng.uniform(0.5, 1) * seconds)
+            status = process.wait(rng.uniform(0.1, 1) * seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
