@@ -410,12 +410,20 @@ def stop(message, status=2):
 def explain(kind, error, trace):
     """For sys.excepthook: Ctrl-C and a closed pipe end with a word, other errors as ever."""
     if kind is KeyboardInterrupt:
-        print("\ninterrupted before the run began", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
     elif kind is BrokenPipeError:  # `| head` has seen enough
         print("stopped: what read the output has ended", file=sys.stderr)
         os._exit(1)  # Python would try to flush the output once more
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def prepare_output():
+    """Lines reach a log at once, ± any console; Ctrl-C and a closed pipe get a message."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="replace")
+    sys.excepthook = explain
 
 
 def some(items, most=4, between=", "):
@@ -601,9 +609,11 @@ def parser(doc):
     add("--seed", type=number(int, 0, 2**31), default=0, help="training randomness (%(default)s)")
     add("--split-seed", type=number(int, 0, 2**31), default=0, help="which units are labelled, and "
         "without lists which are validated and tested (%(default)s)")
-    add("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name such as cuda:1")
+    add("--device", default="auto",
+        help="auto: cuda, else mps, else cpu; or a name such as cuda:1 (%(default)s)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-        help="auto: bf16 where the GPU has it, fp16 with a scaler on older ones, else fp32")
+        help="auto: bf16 where the GPU has it, fp16 with a scaler on older ones, else fp32 "
+        "(%(default)s)")
     add("--out", default="runs", metavar="FOLDER", help="where run folders go (%(default)s)")
     add("--resume", metavar="RUN", help="continue the run of this folder, with its own options")
     add("--val-every", type=number(int, 1), help="steps between validations (a tenth of --steps)")
@@ -614,10 +624,7 @@ def parser(doc):
 
 def parse(parser, argv=None):
     """The options, checked and complete."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # so that lines reach a log at once, ± any console
-            stream.reconfigure(line_buffering=True, errors="replace")
-    sys.excepthook = explain
+    prepare_output()
     words = sys.argv[1:] if argv is None else argv
     if "--supervised" in words and "--supervised" not in parser.format_help():
         stop("the labelled-only baseline is that of all methods: mean_teacher.py --supervised")
@@ -666,7 +673,7 @@ def fill_defaults(parser, args):
         args.labeled = args.labeled or "10%"
     for option in PATHS:
         value = getattr(args, option)
-        if value is not None and Path(value).exists():
+        if value is not None and os.path.exists(value):
             setattr(args, option, str(Path(value).resolve()))
 
 
@@ -682,7 +689,7 @@ def load_args(parser, argv, run):
     if set(vars(args)) != set(saved):
         stop(f"--resume {run} has other options than this file. Resume it with its own.")
     for option, value in vars(args).items():
-        if option in PATHS and value is not None and Path(value).exists():
+        if option in PATHS and value is not None and os.path.exists(value):
             value = str(Path(value).resolve())
         if option not in AGAIN and value != saved[option]:
             stop(f"--resume goes on with the run's own options: --{option.replace('_', '-')} is "
@@ -784,9 +791,11 @@ def list_files(folder):
             continue
         if not path.is_file():
             stop(f"{path} is a folder or a broken link, not an image. Remove it.")
-        if path.stem in files:
-            stop(f"two files for {path.stem}: {files[path.stem].name} and {path.name}. Keep one.")
-        files[path.stem] = path
+        check_readable(path)
+        name = unicodedata.normalize("NFC", path.stem)  # é has two forms
+        if name in files:
+            stop(f"two files for {name}: {files[name].name} and {path.name}. Keep one.")
+        files[name] = path
     return {name: files[name] for name in sorted(files, key=slice_order)}
 
 
@@ -815,13 +824,23 @@ NEAR_MISSES = {"image": "images", "imgs": "images", "img": "images", "mask": "ma
                "ground_truth": "masks", "segmentations": "masks", "bboxes": "boxes"}
 
 
+def check_readable(path):
+    """Stops if a file or folder may not be read."""
+    rights = os.R_OK
+    if path.is_dir():
+        rights = os.R_OK | os.X_OK
+    if not os.access(path, rights, effective_ids=os.access in os.supports_effective_ids):
+        stop(f"{path} may not be read (Permission denied). Give yourself the right to read it.")
+
+
 def check_names(folder):
     """Stops on names in the dataset folder that nearly are what a run looks for, or of no use."""
     try:
         found = sorted(os.listdir(folder))
     except OSError as error:
-        stop(f"--data: no folder images in {folder} (found: no such folder, or it cannot be read: "
+        stop(f"--data: no folder images in {folder} (found: no such folder, or it may not be read: "
              f"{error.strerror}). {LAYOUT}")
+    check_readable(folder)
     for name in found:
         path, lower = folder / name, name.lower()
         meant = lower if lower in FOLDERS | LISTS else NEAR_MISSES.get(lower)
@@ -832,6 +851,8 @@ def check_names(folder):
             stop(f"--data: {path} is a file or a broken link; expected a folder.")
         if name in LISTS and not path.is_file():
             stop(f"--data: {path} is a folder or a broken link; expected a text file.")
+        if name in FOLDERS | LISTS:
+            check_readable(path)
     if "images" not in found:
         stop(f"--data: no folder images in {folder} (found: {some(found) or 'nothing'}). {LAYOUT}")
 
@@ -886,7 +907,7 @@ def read_ids(path, items):
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path} cannot be read as a text file of ids, one a line: {error}")
-    ids = [line.strip() for line in lines if line.strip()]
+    ids = [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()]
     numbers = {}  # {id: image numbers}
     for i, item in enumerate(items):
         for key in {item.unit, item.volume, item.name}:
@@ -936,7 +957,7 @@ def choose_images(spec, units, candidates, items, option, what):
     spec: a share or a number of the `units`, of which the first are taken, so that 5% lies inside
     10%; or a text file of ids, which stands for exactly the images that it names.
     """
-    if not Path(spec).is_file():
+    if not os.path.isfile(spec):
         chosen_units = set(units[:count_units(spec, len(units), option, what)])
         return [i for i in candidates if items[i].unit in chosen_units]
     chosen = [i for i in read_ids(spec, items) if items[i].mask is not None]
@@ -1010,9 +1031,11 @@ MAX_CLASS = 31  # a larger number in a mask is no class number (but 255 in a bin
 
 
 def check_tiff(image):
-    """ValueError on sample formats that Pillow would misread: signed 8 bits, unsigned 32 bits."""
+    """ValueError on what Pillow would misread: signed 8 bits, unsigned 32 bits, four channels."""
     tags = getattr(image, "tag_v2", {})
     bits, kind = tags.get(258, (8,)), tags.get(339, (1,))  # BitsPerSample, SampleFormat
+    if len(bits) > 3 and tags.get(338, (2,))[0] == 0:  # ExtraSamples: not an alpha channel
+        raise ValueError(f"{len(bits)} channels; expected grey or colour")
     if (bits[0], kind[0]) in ((8, 2), (32, 1), (64, 1), (64, 2)):
         name = {1: "unsigned", 2: "signed"}[kind[0]]
         raise ValueError(f"{bits[0]} bits, {name}; expected 8 or 16 bits unsigned, or float")
@@ -1046,7 +1069,8 @@ def read_picture(path, mask):
         if pages > 1 and image.format != "MPO":  # a camera's MPO holds one photograph twice
             raise ValueError(f"{pages} pages in a file; expected one file a slice")
         check_tiff(image)
-        if image.mode in ("RGB", "RGBA") and any("16" in str(tile) for tile in image.tile):
+        colour = image.mode in ("RGB", "RGBA", "LA")
+        if colour and any(";16" in str(tile[3]) for tile in image.tile):
             raise ValueError("16 bits in colour, of which Pillow reads 8; save it as .npy")
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16 or 32 bits, or float
@@ -1060,24 +1084,29 @@ def read_picture(path, mask):
         return colours
 
 
+def check_array(array):
+    """An image or mask (H, W), (H, W, 1) or (H, W, 3) -> (H, W) or (H, W, 3), or ValueError."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if not array.size or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+        raise ValueError(f"an array of shape {array.shape}; expected (H, W) or (H, W, 3)")
+    if array.dtype.kind not in "buif" or not np.isfinite(array).all():
+        raise ValueError(f"values of type {array.dtype} or not finite; expected numbers")
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    return array
+
+
 def read_pixels(path, mask=False):
     """An image file -> (H, W) or (H, W, 3) as stored. ValueError: what is wrong with the file."""
     try:
         if path.suffix.lower() == ".npy":
-            array = np.load(path, allow_pickle=False)
+            array = check_array(np.load(path, allow_pickle=False))
         else:
-            array = read_picture(path, mask)
-        if array.ndim == 3 and array.shape[2] == 1:
-            array = array[..., 0]
-        if not array.size or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
-            raise ValueError(f"an array of shape {array.shape}; expected (H, W) or (H, W, 3)")
-        if array.dtype.kind not in "buif" or not np.isfinite(array).all():
-            raise ValueError(f"values of type {array.dtype} or not finite; expected numbers")
+            array = check_array(read_picture(path, mask))
     except Exception as error:  # Pillow and NumPy raise a dozen types on damaged files
         problem = f"{path.name}: cannot be used ({type(error).__name__}: {error})"
         raise ValueError(problem) from None
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
     return array
 
 
@@ -1683,7 +1712,7 @@ class Run:
         if not path.exists():
             print(f"--resume: no checkpoint yet in {self.folder}, starting at step 0")
             return
-        state = load_checkpoint(path, "--resume")
+        state = load_checkpoint(path, "--resume", TO_RESUME)
         if state["file"] != self.file:
             stop(f"--resume {self.folder}: a run of {state['file']}.py. Resume it with that file.")
         for name in ("channels", "classes"):
@@ -1693,8 +1722,7 @@ class Run:
         count = processes()[1]
         if len(state["random"]) != count:
             stop(f"--resume: the run had {len(state['random'])} processes, now {count}.")
-        for name, network in self.networks.items():
-            network.load_state_dict(state["networks"][name])
+        load_weights(self.networks, state, path)
         for part, saved in zip(self.parts, state["parts"], strict=True):
             if saved:  # {}: a gradient scaler that was off
                 part.load_state_dict(saved)
@@ -1726,8 +1754,7 @@ class Run:
             state = load_checkpoint(self.folder / "best.pt", "best.pt")
         if state["step"] < args.steps:
             networks = copy.deepcopy(self.networks)  # the last ones stay in place
-            for name, network in networks.items():
-                network.load_state_dict(state["networks"][name])
+            load_weights(networks, state, self.folder / "best.pt")
             best, best_step = evaluate(self.predict, networks, data, "test"), state["step"]
         headline = {metric: last[self.headline][metric] for metric in METRICS}
         device = args.device
@@ -1779,11 +1806,14 @@ class Run:
             empty = head["empty"][c]
             absent = empty["both"] + empty["truth"]
             words = f"{data.class_names[int(c)]}: Dice {cell(scores['dice'])}"
+            what = "volume"
+            if len(head["volumes"]) == len(data.indices("test")):
+                what = "image"
             if empty["prediction"] > 0:
                 words += f"; not found in {empty['prediction']} of "
-                words += f"{plural(len(head['volumes']) - absent, 'volume')} with it"
+                words += f"{plural(len(head['volumes']) - absent, what)} with it"
             if empty["truth"] > 0:
-                words += f"; found in {empty['truth']} of {plural(absent, 'volume')} without it"
+                words += f"; found in {empty['truth']} of {plural(absent, what)} without it"
             print(words)
         print(f"results.json, preview.png, log.csv, last.pt and best.pt are in {self.folder}")
 
@@ -1799,12 +1829,18 @@ class LoadedRun(NamedTuple):
     device: str
 
 
-def load_checkpoint(path, what):
+TO_PREDICT = ("file", "method", "step", "headline", "predict", "size", "width", "channels",
+              "classes", "class_names", "networks")
+TO_RESUME = (*TO_PREDICT, "parts", "random", "drawn", "rows", "best", "seconds")
+
+
+def load_checkpoint(path, what, keys=TO_PREDICT):
     """A checkpoint file's content; stops with a message if it is none, or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if "networks" not in state or not state["predict"].startswith("predict"):
-            raise ValueError("no checkpoint of this project")
+        missing = [key for key in keys if key not in state]
+        if missing or not state["predict"].startswith("predict"):
+            raise ValueError(f"no whole checkpoint of this project, it lacks {some(missing)}")
         for name, weights in state["networks"].items():
             for key, tensor in weights.items():
                 if not torch.isfinite(tensor).all():
@@ -1816,6 +1852,16 @@ def load_checkpoint(path, what):
         stop(f"{what}: {path} cannot be used ({type(error).__name__}: {reason}). Expected a run "
              "folder, or its last.pt or best.pt.")
     return state
+
+
+def load_weights(networks, state, path):
+    """Copy a checkpoint's weights into {name: network}; stops if they do not fit."""
+    try:
+        for name, network in networks.items():
+            network.load_state_dict(state["networks"][name])
+    except (KeyError, RuntimeError, TypeError, AttributeError):
+        stop(f"{path} cannot be used: its networks have other names, layers or sizes than "
+             f"{state['file']}.py builds. Was it made by another version?")
 
 
 def load_run(path, device="cpu"):
@@ -1832,11 +1878,14 @@ def load_run(path, device="cpu"):
         stop(f"run: {path} was made by {file}.py, which is not here.")
     method = importlib.import_module(file)
     built = method.build(state["channels"], state["classes"], state["width"])
-    networks = {}
-    for name, weights in state["networks"].items():
-        networks[name] = built[name].to(device).eval()
-        networks[name].load_state_dict(weights)
-    return LoadedRun(state, networks, getattr(method, state["predict"]), device)
+    networks = {name: built[name] for name in state["networks"] if name in built}
+    load_weights(networks, state, path)
+    for network in networks.values():
+        network.to(device).eval()
+    predict = getattr(method, state["predict"], None)
+    if predict is None or not networks or len(networks) < len(state["networks"]):
+        stop(f"run: {path} cannot be used: it was made by another version of {file}.py.")
+    return LoadedRun(state, networks, predict, device)
 
 
 def load_network(path, network):
@@ -1854,10 +1903,11 @@ def segment(run, image, network=None):
     """A LoadedRun and an image (H, W) or (H, W, 3) of any size -> class numbers (H, W) uint8.
 
     As `predict` writes them. An image that is not uint8 is scaled by its own percentiles.
+    ValueError: another shape, or values that are no finite numbers.
     """
     mode = {1: "L", 3: "RGB"}[run.state["channels"]]
     size = run.state["size"]
-    [image] = to_bytes([image])
+    [image] = to_bytes([check_array(image)])
     small = Image.fromarray(image).convert(mode).resize((size, size), Image.BILINEAR)
     x = tvf.to_image(small)[None].to(run.device) / 255  # (1, channels, S, S)
     with torch.no_grad():
@@ -2011,15 +2061,13 @@ def name_warnings(data):
     groups = {}
     for item in data.items:
         if item.unit == item.name:
-            groups.setdefault(re.sub(r"\d+$", "", item.name), []).append(item.name)
-    stacks = [names for names in groups.values() if len(names) > 2]
+            stem = re.sub(r"\d+(?=\D*$)", "", item.name)  # without its last number
+            groups.setdefault(stem, []).append(item.name)
+    stacks = [names for names in groups.values() if len(names) > 1]
     if len(stacks) > 2:
         found.append(f"{len(stacks)} groups of images differ in their last number alone "
                      f"({some(stacks[0], 2)}). If they are slices or frames of one patient, name "
                      "them PATIENT_slice_000, so that they stay in one part of the split.")
-    forms = {unicodedata.normalize("NFC", name) for name in names}
-    if len(forms) < len(names):
-        found.append("some names differ in their Unicode form alone; they count as two images.")
     return found
 
 
@@ -2186,17 +2234,34 @@ def row_of(run, differing):
     return run["dataset"], full, run["labeled"], run["method"] != "supervised", " ".join(words)
 
 
+def check_results(results):
+    """Raises where a results.json lacks something that a table needs, or has it in another form."""
+    texts = [results["dataset"], results["labeled"], results["method"], *results["units"].values()]
+    texts += [results["split"][part] for part in ("labeled", "unlabeled", "val", "test")]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(results["seed"], int):
+        raise ValueError("a name is no text, or the seed no number")
+    volumes = results["networks"][results["headline"]["network"]]["last"]["volumes"]
+    if dice_by_volume(results).ndim != 2 or set(volumes) != set(results["units"]):
+        raise ValueError("volumes and units do not match")
+    for metric in METRICS:
+        value = results["headline"][metric]
+        if value is not None:
+            float(value)
+    for value in settings_of(results).values():
+        if not isinstance(value, str | int | float):
+            raise ValueError("a setting is no text and no number")
+    row_of(results, [])
+
+
 def read_results(folders):
     """Load results.json of each folder; name and leave out those without one."""
     runs = []
     for folder in map(Path, folders):
         try:
             results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            dice_by_volume(results)  # these three raise where something is missing
-            settings_of(results)
-            row_of(results, []), results["seed"]
+            check_results(results)
             runs.append(results | {"folder": folder})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
             print(f"{folder}: left out, not the folder of a finished run ({error!r})")
     if not runs:
         stop("no finished run among the folders. Expected run folders, such as runs/DATASET/*/")
@@ -2252,17 +2317,20 @@ def gain_of(runs, base):
 
 def find_base(run, runs):
     """The labelled-only runs that a run may be compared with; if there is none, why."""
-    base, reason = [], "no labelled-only run"
+    base, reasons = [], []
     for other in runs:
         if other["method"] != "supervised":
             continue
         settings, others = settings_of(run), settings_of(other)
         different = [name for name in settings if settings[name] != others[name]]
         if different:
-            reason = f"labelled-only: other {', '.join(different)}"
+            reasons.append(different)
         else:
             base.append(other)
-    return base, reason
+    if not reasons:
+        return base, "no labelled-only run"
+    nearest = min(reasons, key=len)
+    return base, f"labelled-only: other {', '.join(nearest)}"
 
 
 def compare_runs(folders, out):
@@ -2313,6 +2381,7 @@ COMMANDS = "check, phantom, predict, compare"
 
 def main(argv=None):
     """python common.py COMMAND ...: see COMMANDS."""
+    prepare_output()
     words = sys.argv[1:] if argv is None else argv
     command, rest = (words or ["--help"])[0], words[1:]
     p = argparse.ArgumentParser(f"common.py {command}")

@@ -150,7 +150,7 @@ def main(argv=None):
     add = options.own.add_argument
     add("--weight", type=float, default=0.3, help="λ of L_cps (%(default)s) [ours]")
     add("--cutmix", action=argparse.BooleanOptionalAction, default=True,
-        help="mix unlabelled images [paper]")
+        help="mix unlabelled images (yes) [paper]")
     args = parse(options, argv)
 
     # data, networks, optimizer, run

@@ -64,6 +64,7 @@ from common import (
     Data,
     Run,
     UNet,
+    check_readable,
     choose_images,
     mixed_precision,
     parse,
@@ -254,8 +255,8 @@ def read_boxes(path, kind, classes):
             stop(f"{where}: class 0; expected 1 to {classes - 1}, as in masks. YOLO counts from 0? "
                  "add 1")
         if not 0 < c < classes:
-            stop(f"{where}: class {c}; expected 1 to {classes - 1}, as in masks (--classes gives "
-                 "more)")
+            stop(f"{where}: class {str(c)[:20]}; expected 1 to {classes - 1}, as in masks "
+                 "(--classes gives more)")
         sides = cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2
         inside = all(-1e-3 < side < 1 + 1e-3 for side in sides)  # 0.001 is rounding
         if not (inside and w > 0 and h > 0):
@@ -278,6 +279,7 @@ def annotations(data, kind, spec):
     for path in paths:
         if path.name.startswith("."):
             continue
+        check_readable(path)
         if path.suffix != ".txt":
             stop(f"{path}: expected the ending .txt. Rename it.")
         if path.stem not in number_of or not path.is_file():
@@ -374,7 +376,8 @@ def main(argv=None):
     options = parser(__doc__)
     add = options.own.add_argument
     add("--variant", choices=["mlds", "self", "mean"], default="mean",
-        help="mlds: labelled images only; self (STDS): student labels; mean (MTDS): teacher labels")
+        help="mlds: labelled images only; self (STDS): student labels; mean (MTDS): teacher "
+        "labels (%(default)s)")
     add("--weight", type=float, default=0.3, help="λ of L_MLDS(Ŷ) (%(default)s) [ours]")
     add("--boxes", metavar="SPEC", help="hidden units to derive boxes for, such as 20%%")
     add("--tags", metavar="SPEC", help="hidden units to derive image labels for, such as 30%%")

@@ -209,7 +209,7 @@ def main(argv=None):
     add("--grid", type=number(int, 1), default=16, help="UMIX patches a side (%(default)s) [paper]")
     add("--top-k", type=number(int, 0), default=2, help="k of UMIX (%(default)s) [paper]")
     add("--umix-labeled", action=argparse.BooleanOptionalAction, default=True,
-        help="mix labelled images too, with their masks [code]")
+        help="mix labelled images too, with their masks (yes) [code]")
     args = parse(options, argv)
     if args.steps % 2:
         stop(f"--steps {args.steps}: expected an even number, since a batch is used for two steps.")

@@ -440,7 +440,7 @@ def write_colour_png(path, array):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("ending", [".npy"])
+@pytest.mark.parametrize("ending", [".npy", ".tif"])
 def test_four_channels_are_refused(make_dataset, options, capsys, ending):
     root = make_dataset(channels=3)
     array = np.random.default_rng(0).integers(0, 255, (32, 32, 4), np.uint8)
@@ -589,7 +589,7 @@ def rename_all(root, name_of):
 
 
 @pytest.mark.parametrize("pattern, slices", [
-    ("p{:02d}-z{:03d}", 6)])
+    ("p{:02d}-z{:03d}", 6), ("p{:02d}-z{:03d}", 2), ("p{:02d}_z{:03d}_flair", 6)])
 def test_names_that_differ_in_their_last_number_alone(make_dataset, options, capsys, pattern,
                                                       slices):
     root = make_dataset(units=24)
