@@ -2107,12 +2107,14 @@ def print_reachable_dice(data):
     print(f"best Dice that --size {data.args.size} allows: {', '.join(words)}")
 
 
-def method_of(name):
-    """The module of a method's file beside this one, or None for other files."""
-    path = Path(__file__).with_name(name)
-    if path.suffix != ".py" or path == Path(__file__) or not path.stem.isidentifier():
-        return None
-    return importlib.import_module(path.stem)
+def folder_checks():
+    """The functions check_folder(data) of the method files beside this one that have such."""
+    found = []
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        has_one = "\ndef check_folder(" in path.read_text("utf-8", "replace")
+        if has_one and path != Path(__file__):  # no other file is imported: it may do anything
+            found.append(importlib.import_module(path.stem).check_folder)
+    return found
 
 
 # --- Commands -------------------------------------------------------------------------------------
@@ -2136,10 +2138,8 @@ def check_data(args):
         print(f"{part}: {count_words(data, part)}: {some(data.units(part))}")
     print_classes(data)
     print_reachable_dice(data)
-    for name in sorted(os.listdir(Path(__file__).parent)):
-        module = method_of(name)
-        if hasattr(module, "check_folder"):
-            module.check_folder(data)
+    for check_folder in folder_checks():
+        check_folder(data)
     warnings_found = [*class_warnings(data), *name_warnings(data), *dark]
     if everything["largest"] >= data.classes:
         warnings_found.append(f"masks that a run does not see hold class {everything['largest']}")
