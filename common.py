@@ -1839,8 +1839,8 @@ def load_checkpoint(path, what, keys=TO_PREDICT):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = [key for key in keys if key not in state]
-        if missing or not state["predict"].startswith("predict"):
-            raise ValueError(f"no whole checkpoint of this project, it lacks {some(missing)}")
+        if missing:
+            raise ValueError(f"no checkpoint of this project, it lacks {some(missing)}")
         for name, weights in state["networks"].items():
             for key, tensor in weights.items():
                 if not torch.isfinite(tensor).all():
@@ -1883,6 +1883,8 @@ def load_run(path, device="cpu"):
     for network in networks.values():
         network.to(device).eval()
     predict = getattr(method, state["predict"], None)
+    if not state["predict"].startswith("predict"):
+        predict = None
     if predict is None or not networks or len(networks) < len(state["networks"]):
         stop(f"run: {path} cannot be used: it was made by another version of {file}.py.")
     return LoadedRun(state, networks, predict, device)
@@ -1890,7 +1892,7 @@ def load_run(path, device="cpu"):
 
 def load_network(path, network):
     """--init: copy the weights of a run's headline network into this one, if they fit."""
-    state = load_checkpoint(Path(path), "--init")
+    state = load_checkpoint(Path(path), "--init", ("headline", "networks"))
     try:
         network.load_state_dict(state["networks"][state["headline"]])
     except (KeyError, RuntimeError):  # KeyError: a branch of a network, not a network
