@@ -22,6 +22,7 @@ def check(argv):
     common.main(["check", *argv])
 
 
+pytestmark = pytest.mark.slow
 BOTH = pytest.mark.parametrize("command", [check, mean_teacher.main], ids=["check", "run"])
 
 

@@ -9,6 +9,7 @@ from conftest import ROOT, draw_small_phantom, run_folder
 import mean_teacher
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_with_mean_gradients(tmp_path, capsys):
     """tools/ranks.py has the checks."""
     phantom = draw_small_phantom(tmp_path / "phantom", 16)
