@@ -258,21 +258,22 @@ def evaluate(predict, networks, data, part, distances=True):
 
 # --- Augmentation: on the device, for a whole batch, drawn for each image -------------------------
 
-def weak(x, *maps, flip=True, rotation=20):
-    """Random flips, rotation (to `rotation` degrees), scale (0.8 to 1.25) of images [ours].
+def weak(x, *maps, flip=True, rotation=180):
+    """Random rotation (to `rotation` degrees), scale (to 1.4), flips, shift (to 10%) [ours].
 
     x: (B, channels, H, W); integer maps (B, H, W) move alike, 0 from outside. -> [x, *maps].
     """
     if len(x) == 0:
         return [x, *maps]
     angle = (torch.rand(len(x), device=x.device) * 2 - 1) * math.radians(rotation)
-    zoom = 1.25 ** (torch.rand(len(x), device=x.device) * 2 - 1)
+    zoom = 1.4 ** (torch.rand(len(x), device=x.device) * 2 - 1)
     mirrored = torch.rand(len(x), 1, 2, device=x.device) >= 0.5  # horizontally, vertically
+    shift = torch.rand(len(x), 2, 1, device=x.device) * 0.4 - 0.2  # of a side, which is 2 long
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     matrix = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
     if flip:
         matrix = torch.where(mirrored, -matrix, matrix)
-    grid = F.affine_grid(F.pad(matrix, (0, 1)), list(x.shape), align_corners=False)  # no shift
+    grid = F.affine_grid(torch.cat([matrix, shift], 2), list(x.shape), align_corners=False)
     moved = [F.grid_sample(x, grid, align_corners=False)]
     for m in maps:
         sampled = F.grid_sample(m[:, None].float(), grid, "nearest", align_corners=False)
@@ -604,15 +605,15 @@ def parser(doc):
     add("--lr", type=number(float, 0), default=1e-3, help="first learning rate (%(default)s)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True,
         help="mirror images (yes); --no-flip where left and right are different classes")
-    add("--rotation", type=number(float, 0, 180), default=20.0, metavar="DEGREES",
-        help="rotate images by up to so much (%(default)s)")
+    add("--rotation", type=number(float, 0, 180), default=180.0, metavar="DEGREES",
+        help="rotate images by up to so much (%(default)s); 20, say, for chest films")
     add("--seed", type=number(int, 0, 2**31), default=0, help="training randomness (%(default)s)")
     add("--split-seed", type=number(int, 0, 2**31), default=0, help="which units are labelled, and "
         "without lists which are validated and tested (%(default)s)")
     add("--device", default="auto",
         help="auto: cuda, else mps, else cpu; or a name such as cuda:1 (%(default)s)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-        help="auto: bf16 where the GPU has it, fp16 with a scaler on older ones, else fp32 "
+        help="auto: bf16 where GPU or CPU have it, fp16 with a scaler on older GPUs, else fp32 "
         "(%(default)s)")
     add("--out", default="runs", metavar="FOLDER", help="where run folders go (%(default)s)")
     add("--resume", metavar="RUN", help="continue the run of this folder, with its own options")
@@ -718,12 +719,16 @@ def choose_device(name):
 
 
 def choose_precision(name, device):
-    """"auto" -> bf16 on GPUs that have it, fp16 on older ones, else fp32."""
+    """"auto" -> bf16 on GPUs and CPUs that have it, fp16 on older GPUs, else fp32."""
     cuda = device.startswith("cuda:") or device == "cuda"
     if name == "fp16" and not cuda:
         stop(f"--precision fp16 needs a CUDA GPU, the device is {device}. Use fp32.")
     if name != "auto":
         return name
+    if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 or newer
+        has = torch.cpu.get_capabilities()
+        if has.get("avx512_bf16") or has.get("amx_bf16"):  # 0.6 of the time of fp32
+            return "bf16"
     if not cuda:
         return "fp32"
     if torch.cuda.get_device_capability(device)[0] >= 8:

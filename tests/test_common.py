@@ -283,7 +283,22 @@ def test_weak_moves_image_and_maps_together():
     differs = ((x[:, 0] > 0.5) != (image[:, 0] > 0.5)).flatten(1).any(1)
     assert differs.float().mean() > 0.9  # it does move
     areas = (moved == 200).float().sum((1, 2)) / 128
-    assert 0.6 < areas.min() < 0.75 and 1.3 < areas.max() < 1.65  # zoom 0.8 to 1.25, squared
+    assert 0.45 < areas.min() < 0.6 and 1.6 < areas.max() < 2.1  # zoom 1/1.4 to 1.4, squared
+
+
+def test_weak_shifts_by_up_to_a_tenth_of_the_side():
+    torch.manual_seed(0)
+    image = torch.zeros(256, 1, 40, 80)
+    image[:, :, 19:21, 39:41] = 1  # in the middle, which neither zoom nor rotation moves
+    [moved] = weak(image, flip=False, rotation=0)
+    total = moved.sum((1, 2, 3))
+    x = (moved.sum((1, 2)) * (torch.arange(80) + 0.5)).sum(1) / total - 40
+    y = (moved.sum((1, 3)) * (torch.arange(40) + 0.5)).sum(1) / total - 20
+    zoom = (total / 4).sqrt()  # the content is enlarged after it is shifted
+    for shift, side in ((x / zoom, 80), (y / zoom, 40)):
+        share = shift / side
+        assert -0.115 < share.min() < -0.08 and 0.08 < share.max() < 0.115
+        assert abs(share.mean()) < 0.02
 
 
 def test_weak_without_flip_keeps_left_left():
@@ -291,23 +306,25 @@ def test_weak_without_flip_keeps_left_left():
     label = torch.zeros(64, 32, 32, dtype=torch.long)
     label[:, 12:20, 2:10] = 1
     image = label[:, None].float()
-    side = weak(image, label, flip=False)[1][:, :, :16].sum((1, 2)) > 0
-    assert side.all() and not (weak(image, label)[1][:, :, :16].sum((1, 2)) > 0).all()
+    side = weak(image, label, flip=False, rotation=20)[1][:, :, :16].sum((1, 2)) > 0
+    mirrored = weak(image, label, rotation=20)[1][:, :, :16].sum((1, 2)) > 0
+    assert side.all() and not mirrored.all()
     assert weak(image[:0])[0].shape == (0, 1, 32, 32)
 
 
 def test_weak_turns_by_up_to_the_rotation():
     torch.manual_seed(0)
     label = torch.zeros(64, 64, 64, dtype=torch.long)
-    label[:, 30:34, 8:56] = 1  # a level bar, which stays level without a rotation
+    label[:, 30:34] = 1  # a level bar, which stays level without a rotation
     image = label[:, None].float()
     slopes = {}
     for rotation in (0, 30):
         [moved] = weak(image, flip=False, rotation=rotation)
         height = torch.arange(64.0)[:, None]
-        left = (moved[:, 0, :, 14:18] * height).sum((1, 2)) / moved[:, 0, :, 14:18].sum((1, 2))
-        right = (moved[:, 0, :, 46:50] * height).sum((1, 2)) / moved[:, 0, :, 46:50].sum((1, 2))
-        slopes[rotation] = ((right - left) / 32).atan().rad2deg().abs()
+        left, right = moved[:, 0, :, 22:26], moved[:, 0, :, 38:42]
+        y_left = (left * height).sum((1, 2)) / left.sum((1, 2))
+        y_right = (right * height).sum((1, 2)) / right.sum((1, 2))
+        slopes[rotation] = ((y_right - y_left) / 16).atan().rad2deg().abs()
     assert slopes[0].max() < 0.01
     assert 25 < slopes[30].max() < 31
 
@@ -398,7 +415,7 @@ def test_a_batch_carries_indices_and_maps(options):
 
 
 def test_a_batch_moves_as_the_options_say(options):
-    """With neither flips nor rotation only the scale changes: the middle stays where it is."""
+    """With neither flips nor rotation only scale and place change: rows stay level, in order."""
     args = parse(parser(""), options("--no-flip", "--rotation", 0, "--unlabeled-batch", 24))
     data = Data(args)
     rows = torch.arange(32, dtype=torch.uint8)[:, None].expand(32, 32) + 1

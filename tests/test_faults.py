@@ -1004,7 +1004,7 @@ SHARED = {
     "--size": "256; without a GPU 96; phantom: 64",
     "--width": "32; without a GPU, or on the phantom, 16",
     "--steps": "10000; without a GPU 2000; phantom: 800", "--batch-size": "8",
-    "--unlabeled-batch": "8", "--lr": "0.001", "--flip": "yes", "--rotation": "20.0",
+    "--unlabeled-batch": "8", "--lr": "0.001", "--flip": "yes", "--rotation": "180.0",
     "--seed": "0", "--split-seed": "0", "--device": "auto", "--precision": "auto",
     "--out": "runs", "--val-every": "a tenth of --steps", "--cache": "ssl-segmentation"}
 OWN = {

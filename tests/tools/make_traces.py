@@ -31,7 +31,7 @@ def trace_of(method, data, out, cache):
         steps, val_every = 6, 2
     argv = ["--data", data, "--labeled", 3, "--size", 32, "--width", 4, "--batch-size", 2,
             "--unlabeled-batch", 2, "--steps", steps, "--val-every", val_every,
-            "--device", "cpu", "--out", out, "--cache", cache]
+            "--device", "cpu", "--precision", "fp32", "--out", out, "--cache", cache]
     results = main_of(method)([str(word) for word in argv])
     rows = rows_of(results["folder"])
     terms = [name for name in rows[0] if name not in ("step", "val_dice")]
