@@ -20,6 +20,7 @@ Run
     python contrastive_st.py                                     # the built-in phantom
     python contrastive_st.py --data PATH --labeled 10%
     python contrastive_st.py --data PATH --labeled 10% --init FOLDER/last.pt   # skips stage 1
+    python contrastive_st.py --data PATH --labeled 10% --matching none   # plain self-training
 
 Equations (numbers are this file's)
     Eq. (1)  class_means     z̄_k, the mean embedding of each class in each image
@@ -75,6 +76,7 @@ from common import (
     place,
     poly_decay,
     set_lr,
+    stop,
     strong,
     supervised_loss,
 )
@@ -216,12 +218,16 @@ def main(argv=None):
     options = parser(__doc__)
     add = options.own.add_argument
     add("--weight", type=float, default=0.1, help="λ of L_cont (%(default)s) [paper]")
-    add("--matching", choices=["inter", "intra"], default="inter",
-        help="L_cont: Eq. (5) or Eq. (4) (%(default)s) [paper]")
+    add("--matching", choices=["inter", "intra", "none"], default="inter",
+        help="L_cont: Eq. (5) or Eq. (4); none: plain self-training, L_sup(x_u, ŷ_u) in the place "
+        "of λ L_cont (%(default)s) [paper]")
     add("--init", metavar="FILE", help="start from a run's best.pt or last.pt, without stage 1")
     add("--agreement", type=float, default=0.0,
         help="keep images whose two views' labels have at least this Dice, Eq. (6) (0: all)")
     args = parse(options, argv)
+    if args.matching == "none" and args.agreement > 0:
+        stop("--agreement chooses images for L_cont, which --matching none does not have. Leave "
+             "one of them out.")
 
     # data, networks, optimizer, run
     data = Data(args)
@@ -280,11 +286,13 @@ def main(argv=None):
             z, masks = torch.cat([z_l, z_u]), torch.cat([mask_l, mask_u])
             anchors, found = sample_anchors(z, masks, ANCHORS)
             means, present = class_means(z, masks), masks.any(3).any(2)
+            lam, trust = args.weight, trusted_u.float().mean()
             if args.matching == "inter":
                 loss_cont = inter_loss(anchors, found, means, present, TAU)
-            else:
+            elif args.matching == "intra":
                 loss_cont = intra_loss(anchors, found, means, present, TAU)
-            lam, trust = args.weight, trusted_u.float().mean()
+            else:  # plain self-training: wrong pseudo-labels reach the classifier
+                loss_cont, lam = supervised_loss(logits_u, map_u.long()), 1.0
             agreement = (logits_u.argmax(1) == map_u).float().mean()
         loss = loss_sup + lam * loss_cont  # Eq. (7)
 

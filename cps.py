@@ -175,8 +175,9 @@ def main(argv=None):
 
         # 3 targets
         with torch.no_grad(), autocast():
-            label_1, label_2 = network_1(x_u).argmax(1), network_2(x_u).argmax(1)  # (B, H, W)
-        label_1, label_2 = cutmix(label_1, mask), cutmix(label_2, mask)
+            logits_1, logits_2 = network_1(x_u), network_2(x_u)
+        label_1 = cutmix(logits_1.argmax(1), mask)  # (B, H, W)
+        label_2 = cutmix(logits_2.argmax(1), mask)
 
         # 4 losses
         with autocast():
@@ -201,7 +202,10 @@ def main(argv=None):
 
         # 7 log, validate, save
         agreement = (label_1 == label_2).float().mean()
-        run.log(loss=loss, sup=loss_sup, cps=loss_cps, lam=args.weight, agreement=agreement, lr=lr)
+        probs_1 = logits_1.softmax(1)
+        entropy = -torch.xlogy(probs_1, probs_1).sum(1)  # of network 1 on x_u
+        run.log(loss=loss, sup=loss_sup, cps=loss_cps, lam=args.weight, agreement=agreement,
+                uncertainty=entropy.mean(), lr=lr)
         run.save(step)
 
     return run.finish()

@@ -195,7 +195,10 @@ def main(argv=None):
 
         # 7 log, validate, save
         agreement = (logits_s.argmax(1) == probs_t.argmax(1)).float().mean()
-        run.log(loss=loss, sup=loss_sup, cons=loss_cons, lam=lam, agreement=agreement, lr=lr)
+        entropy = -torch.xlogy(probs_t, probs_t).sum(1)[len(x_l):]  # of the teacher on x_u
+        uncertainty = entropy.mean().nan_to_num()  # no x_u: 0
+        run.log(loss=loss, sup=loss_sup, cons=loss_cons, lam=lam, agreement=agreement,
+                uncertainty=uncertainty, lr=lr)
         run.save(step)
 
     return run.finish()

@@ -19,15 +19,17 @@ Run
     python mlds.py                                         # the built-in phantom
     python mlds.py --data PATH --labeled 10%               # uses PATH/boxes, PATH/tags, if any
     python mlds.py --labeled 10% --boxes 20% --tags 30%    # derived from hidden masks
+    python mlds.py --variant deep   # masks alone, the paper's comparison: deep, nearest, mlds
 
 Equations (numbers are this file's)
     Eq. (1)  multi_label_target  which classes are in a cell
     Eq. (2)  mlds_loss           binary cross-entropy of the heads of all depths
-    Eq. (3)  allowed_map         the classes that an image's annotation allows at each pixel
-    Eq. (4)  pseudo_label        the most probable allowed class
-    Eq. (5)  ema_decay           the teacher's memory, short at first
-    Eq. (6)  ema_update          teacher weights: running average of the student's
-    Eq. (7)  main                L = L_sup(y) + L_MLDS(y) + λ(t) L_MLDS(Ŷ)
+    Eq. (3)  deep_loss           the paper's opponent: heads with one label a pixel, or a cell
+    Eq. (4)  allowed_map         the classes that an image's annotation allows at each pixel
+    Eq. (5)  pseudo_label        the most probable allowed class
+    Eq. (6)  ema_decay           the teacher's memory, short at first
+    Eq. (7)  ema_update          teacher weights: running average of the student's
+    Eq. (8)  main                L = L_sup(y) + L_MLDS(y) + λ(t) L_MLDS(Ŷ)
 
 Differences
     paper or authors' code               | here                                 | does it matter?
@@ -103,7 +105,7 @@ class MultiLabelNet(nn.Module):
             nn.Conv2d(hidden, classes, 1)) for width in widths)
 
     def forward(self, x):
-        if len(x) == 0:  # BatchNorm refuses an empty batch; --variant mlds has one
+        if len(x) == 0:  # BatchNorm refuses an empty batch; --variant mlds, say, has one
             return x.new_zeros(0, self.clean.out_channels, *x.shape[2:]), []
         features = self.encoder(x)
         stages = [features[-1], *self.decoder(features)]
@@ -134,8 +136,24 @@ def mlds_loss(multi, y):
     return sum(map(F.binary_cross_entropy_with_logits, multi, targets))
 
 
+def deep_loss(multi, y, nearest=False):
+    """Eq. (3): L_deep = Σ_d CE(z_d enlarged to y's size, y); nearest: Σ_d CE(z_d, y shrunk to it).
+
+    The two ways to supervise a coarse head with one label each. Shapes and gradient: Eq. (2).
+    """
+    losses = []
+    for z in multi:
+        if nearest:  # a cell has the label of one pixel, small structures may vanish
+            shrunk = F.interpolate(y[:, None].float(), z.shape[2:], mode="nearest-exact")
+            losses.append(F.cross_entropy(z, shrunk[:, 0].long()))
+        else:
+            enlarged = F.interpolate(z, y.shape[1:], mode="bilinear")
+            losses.append(F.cross_entropy(enlarged, y))
+    return sum(losses)
+
+
 def allowed_map(size, classes, limits, mask=None):
-    """Eq. (3): A(p) = {y(p)} with a mask, else {0} ∪ ⋂_limits {c : p in a box of c}; bit c: c ∈ A.
+    """Eq. (4): A(p) = {y(p)} with a mask, else {0} ∪ ⋂_limits {c : p in a box of c}; bit c: c ∈ A.
 
     limits: [boxes, tags] or fewer, lists of (c, cx, cy, w, h) in shares of the side; a tag is a box
     around everything. mask: (size, size) long. -> (size, size) uint8. No gradient.
@@ -157,7 +175,7 @@ def allowed_map(size, classes, limits, mask=None):
 
 
 def pseudo_label(logits, allowed):
-    """Eq. (4): Ŷ(p) = argmax over c ∈ A(p) of z_c(p); background where A is empty.
+    """Eq. (5): Ŷ(p) = argmax over c ∈ A(p) of z_c(p); background where A is empty.
 
     logits (B, C, H, W), allowed (B, H, W) uint8, 0 (empty) where weak moved in the outside of the
     image -> (B, H, W) long. No gradient.
@@ -169,7 +187,7 @@ def pseudo_label(logits, allowed):
 
 
 def ema_decay(step, decay):
-    """Eq. (5): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ...; at first 0, 1/2, 2/3, ... [code].
+    """Eq. (6): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ...; at first 0, 1/2, 2/3, ... [code].
 
     numbers -> number.
     """
@@ -177,7 +195,7 @@ def ema_decay(step, decay):
 
 
 def ema_update(teacher, student, alpha):
-    """Eq. (6): θ_t ← α θ_t + (1 − α) θ_s, in place, for every parameter.
+    """Eq. (7): θ_t ← α θ_t + (1 − α) θ_s, in place, for every parameter.
 
     teacher, student: modules of one architecture. No gradient. BatchNorm's buffers are left alone.
     """
@@ -315,7 +333,7 @@ def check_folder(data):
 
 
 def allowed_maps(data, boxes_spec, tags_spec):
-    """Eq. (3) of all training images: uint8 (N, S, S); prints how many have which annotation."""
+    """Eq. (4) of all training images: uint8 (N, S, S); prints how many have which annotation."""
     if data.classes > 8:
         stop(f"{data.classes} classes, but a pixel's allowed ones are 8 bits. Merge some classes.")
     boxes = annotations(data, "boxes", boxes_spec)
@@ -375,9 +393,9 @@ def main(argv=None):
     # options
     options = parser(__doc__)
     add = options.own.add_argument
-    add("--variant", choices=["mlds", "self", "mean"], default="mean",
-        help="mlds: labelled images only; self (STDS): student labels; mean (MTDS): teacher "
-        "labels (%(default)s)")
+    add("--variant", choices=["deep", "nearest", "mlds", "self", "mean"], default="mean",
+        help="labelled images only: deep or nearest (both Eq. 3), mlds (Eq. 2); all images: self "
+        "(STDS, the student labels), mean (MTDS, the teacher labels) (%(default)s)")
     add("--weight", type=float, default=0.3, help="λ of L_MLDS(Ŷ) (%(default)s) [ours]")
     add("--boxes", metavar="SPEC", help="hidden units to derive boxes for, such as 20%%")
     add("--tags", metavar="SPEC", help="hidden units to derive image labels for, such as 30%%")
@@ -386,7 +404,7 @@ def main(argv=None):
     # data, networks, optimizer, run
     data = Data(args)
     weight, boxes, tags = args.weight, args.boxes, args.tags
-    if args.variant == "mlds":  # labelled images alone; the loop below has no branch for it
+    if args.variant in ("deep", "nearest", "mlds"):  # labelled images alone, by an empty batch
         data.unlabeled_batch, weight, boxes, tags = 0, 0.0, None, None
     maps = allowed_maps(data, boxes, tags)
     torch.manual_seed(args.seed)
@@ -417,10 +435,13 @@ def main(argv=None):
             logits_l, multi_l = student(x_ls)
             logits_u, multi_u = student(x_us)
         loss_sup = supervised_loss(logits_l, y_l)
-        loss_mlds = mlds_loss(multi_l, y_l)
+        if args.variant in ("deep", "nearest"):
+            loss_mlds = deep_loss(multi_l, y_l, nearest=args.variant == "nearest")
+        else:
+            loss_mlds = mlds_loss(multi_l, y_l)
         loss_pseudo = mlds_loss(multi_u, label_u)  # never the clean head
         lam = weight * ramp_up(step, RAMP * args.steps)
-        loss = loss_sup + loss_mlds + lam * loss_pseudo  # Eq. (7)
+        loss = loss_sup + loss_mlds + lam * loss_pseudo  # Eq. (8)
 
         # 5 step
         lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))

@@ -20,6 +20,7 @@ Run
     python ucmt.py                                       # the built-in phantom
     python ucmt.py --data PATH --labeled 10%
     python ucmt.py --data PATH --labeled 10% --teacher-mix 0.5  # see Differences, 1
+    python ucmt.py --data PATH --labeled 10% --mix cutmix       # or none: the paper's comparison
 
 Equations (numbers are this file's)
     Eq. (1)  dice_loss    soft Dice loss of a network's probabilities with hard labels
@@ -27,9 +28,11 @@ Equations (numbers are this file's)
     Eq. (3)  mts_loss     both students with the teacher's labels
     Eq. (4)  uncertainty  entropy of student and teacher together, averaged over each patch
     Eq. (5)  umix         uncertain patches receive certain ones
-    Eq. (6)  ema_decay    the teacher's memory, short at first
-    Eq. (7)  ema_update   teacher weights: running average of the students'
-    Eq. (8)  main         L = L_s + w λ(t) (L_cps + L_mts) / 2, one optimizer step on X, one on X'
+    Eq. (6)  cutmix_mask  --mix cutmix, the paper's comparison: boxes of another image
+    Eq. (7)  cutmix       the image, or label map, that is mixed so
+    Eq. (8)  ema_decay    the teacher's memory, short at first
+    Eq. (9)  ema_update   teacher weights: running average of the students'
+    Eq. (10) main         L = L_s + w λ(t) (L_cps + L_mts) / 2, one optimizer step on X, one on X'
 
 Differences
     paper or authors' code               | here                                 | does it matter?
@@ -88,6 +91,8 @@ from common import (
 WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
 EMA_DECAY = 0.99  # [paper]
 RAMP = 0.3  # [ours] share of the steps over which lambda grows; [code] 5 of 25 epochs
+BOXES = 3  # [ours] boxes of --mix cutmix, as in cps.py
+AREA = (0.25, 0.5)  # [ours] their total share of the image, before overlap, as in cps.py
 
 # ------------------------------------------------------------------------------------------ Modules
 
@@ -151,8 +156,37 @@ def umix(x, u_1, u_2, k):
     return mixed.reshape(x.shape)
 
 
+def cutmix_mask(b, h, w, boxes, area, device):
+    """Eq. (6): M = 1 inside any of `boxes` random boxes of share r / boxes each, r ~ U(area).
+
+    -> bool (B, H, W), drawn for each image; no gradient. A box of share s has the sides H √s e^a
+    and W √s e^-a, a ~ U(-1/2, 1/2) [ours], at most the image's, and lies wholly inside.
+    """
+    low, high = area
+    share = torch.empty(b, 1, device=device).uniform_(low, high).expand(b, boxes) / boxes
+    aspect = torch.empty(b, boxes, device=device).uniform_(-0.5, 0.5).exp()
+    box_h = (h * share.sqrt() * aspect).clamp(max=h)
+    box_w = (w * share.sqrt() / aspect).clamp(max=w)
+    top = torch.rand(b, boxes, device=device) * (h - box_h)
+    left = torch.rand(b, boxes, device=device) * (w - box_w)
+    y = torch.arange(h, device=device).view(1, 1, h, 1) + 0.5
+    x = torch.arange(w, device=device).view(1, 1, 1, w) + 0.5
+    top, left, box_h, box_w = (t[:, :, None, None] for t in (top, left, box_h, box_w))
+    inside = (y >= top) & (y < top + box_h) & (x >= left) & (x < left + box_w)  # (B, boxes, H, W)
+    return inside.any(1)
+
+
+def cutmix(x, mask):
+    """Eq. (7): x' = (1 − M) x + M x_partner, the partner being x.roll(1, 0).
+
+    x: images (B, channels, H, W) or label maps (B, H, W); mask: bool (B, H, W). -> the shape of x.
+    Gradient flows into x.
+    """
+    return torch.where(mask if x.dim() == 3 else mask[:, None], x.roll(1, 0), x)
+
+
 def ema_decay(step, decay):
-    """Eq. (6): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ...; at first 0, 1/2, 2/3, ... [code].
+    """Eq. (8): α = min(1 − 1/(t + 1), decay), t = 0, 1, 2, ...; at first 0, 1/2, 2/3, ... [code].
 
     numbers -> number.
     """
@@ -160,7 +194,7 @@ def ema_decay(step, decay):
 
 
 def ema_update(teacher, student_1, student_2, mix, alpha):
-    """Eq. (7): θ_T ← α θ_T + (1 − α) (β θ_1 + (1 − β) θ_2), in place, β = mix, for every parameter.
+    """Eq. (9): θ_T ← α θ_T + (1 − α) (β θ_1 + (1 − β) θ_2), in place, β = mix, for every parameter.
 
     teacher, student_1, student_2: modules of one architecture; mix, alpha: numbers. No gradient.
     BatchNorm's buffers are left alone.
@@ -203,12 +237,14 @@ def main(argv=None):
     # options
     options = parser(__doc__)
     add = options.own.add_argument
-    add("--weight", type=float, default=0.1, help="w of Eq. (8) (%(default)s) [code]")
+    add("--weight", type=float, default=0.1, help="w of Eq. (10) (%(default)s) [code]")
     add("--teacher-mix", type=float, default=0.99, metavar="β",
         help="student 1's share in the teacher (%(default)s) [code]")
     add("--grid", type=number(int, 1), default=16, help="UMIX patches a side (%(default)s) [paper]")
     add("--top-k", type=number(int, 0), default=2, help="k of UMIX (%(default)s) [paper]")
-    add("--umix-labeled", action=argparse.BooleanOptionalAction, default=True,
+    add("--mix", choices=["umix", "cutmix", "none"], default="umix",
+        help="how X' is made: Eq. (5), or as the paper compares (%(default)s) [paper]")
+    add("--mix-labeled", action=argparse.BooleanOptionalAction, default=True,
         help="mix labelled images too, with their masks (yes) [code]")
     args = parse(options, argv)
     if args.steps % 2:
@@ -226,7 +262,8 @@ def main(argv=None):
     networks = place(build(data.channels, data.classes, args.width), args)
     student_1, student_2 = networks["student 1"], networks["student 2"]
     teacher, grid, k = networks["teacher"], args.grid, args.top_k
-    k_l = k if args.umix_labeled else 0  # patches of a labelled image
+    if args.mix != "umix":
+        k = 0  # no patch is overwritten
     parameters = [*student_1.parameters(), *student_2.parameters()]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
     autocast, scaler = mixed_precision(args)
@@ -244,7 +281,7 @@ def main(argv=None):
         # 3 targets
         with torch.no_grad(), autocast():
             if step % 2 == 0:
-                probs_lt = teacher(x_l).softmax(1)  # (B, C, H, W), for uncertainties alone
+                probs_lt = teacher(x_l).softmax(1)  # (B, C, H, W), for its uncertainties alone
             probs_t = teacher(x_u).softmax(1)  # of mixed images it predicts anew
 
         # 4 losses
@@ -256,7 +293,7 @@ def main(argv=None):
         loss_cps = cps_loss(probs_1, probs_2, probs_1.argmax(1), probs_2.argmax(1))
         loss_mts = mts_loss(probs_1, probs_2, probs_t.argmax(1))
         lam = args.weight * ramp_up(step - step % 2, RAMP * args.steps)  # w λ(t), of both steps
-        loss = loss_sup + lam * (loss_cps + loss_mts) / 2  # Eq. (8)
+        loss = loss_sup + lam * (loss_cps + loss_mts) / 2  # Eq. (10)
 
         # 5 step
         lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))
@@ -269,17 +306,24 @@ def main(argv=None):
         ema_update(teacher, student_1, student_2, args.teacher_mix, ema_decay(step, EMA_DECAY))
 
         # UMIX: the next step's batch
-        if step % 2 == 0:
+        if step % 2 == 0 and args.mix == "umix":
             u_1, u_2 = uncertainty(probs_1, probs_t, grid), uncertainty(probs_2, probs_t, grid)
-            u_l1 = uncertainty(logits_l1.softmax(1), probs_lt, grid)
-            u_l2 = uncertainty(logits_l2.softmax(1), probs_lt, grid)
-            x_l, y_l = umix(x_l, u_l1, u_l2, k_l), umix(y_l, u_l1, u_l2, k_l)
             x_u = umix(x_u, u_1, u_2, k)
+            if args.mix_labeled:
+                u_1 = uncertainty(logits_l1.softmax(1), probs_lt, grid)
+                u_2 = uncertainty(logits_l2.softmax(1), probs_lt, grid)
+                x_l, y_l = umix(x_l, u_1, u_2, k), umix(y_l, u_1, u_2, k)
+        elif step % 2 == 0 and args.mix == "cutmix":
+            x_u = cutmix(x_u, cutmix_mask(len(x_u), *x_u.shape[2:], BOXES, AREA, x_u.device))
+            if args.mix_labeled:
+                mask = cutmix_mask(len(x_l), *x_l.shape[2:], BOXES, AREA, x_l.device)
+                x_l, y_l = cutmix(x_l, mask), cutmix(y_l, mask)
 
         # 7 log, validate, save
         agreement = (probs_1.argmax(1) == probs_2.argmax(1)).float().mean()
+        entropy = -torch.xlogy(probs_t, probs_t).sum(1)  # of the teacher on x_u
         run.log(loss=loss, sup=loss_sup, cps=loss_cps, mts=loss_mts, lam=lam, agreement=agreement,
-                lr=lr)
+                uncertainty=entropy.mean(), lr=lr)
         run.save(step)
 
     return run.finish()

@@ -261,7 +261,7 @@ def test_eq6_dice_agreement_naive_loop():
         assert value == pytest.approx(total / 300)
 
 
-@pytest.mark.parametrize("matching, weight", [("inter", 0.1), ("intra", 2)])
+@pytest.mark.parametrize("matching, weight", [("inter", 0.1), ("intra", 2), ("none", 1)])
 def test_eq7_main_total_objective_stages_and_learning_rate(options, matching, weight):
     argv = options("--matching", matching, "--weight", weight, "--val-every", "1", steps=11)
     results = st.main(argv)
@@ -280,6 +280,23 @@ def test_eq7_main_total_objective_stages_and_learning_rate(options, matching, we
         assert row["lam"] == pytest.approx(lam)
         assert row["loss"] == pytest.approx(row["sup"] + row["lam"] * row["cont"], rel=1e-5)
         assert (row["cont"] > 0) == (row["trusted"] == 1) == (row["round"] > 0)
+
+
+def test_plain_self_training_trains_the_classifier_and_not_the_head(options):
+    """--matching none: L_sup with the pseudo-labels; the projection head stays as it was."""
+    results = st.main(options("--matching", "none", "--val-every", "8", steps=8))
+    saved = last_of(Path(results["folder"]))
+    torch.manual_seed(0)
+    head = st.build(1, 4, 4)["head"].state_dict()
+    for name, value in saved["networks"]["head"].items():
+        if "weight" in name:  # no gradient: not even weight decay moves it
+            assert torch.equal(value, head[name])
+
+
+def test_agreement_without_contrast_is_refused(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        st.main(options("--matching", "none", "--agreement", "0.8"))
+    assert stopped.value.code == 2 and "Leave one of them out" in capsys.readouterr().err
 
 
 # --- Stages and rounds ----------------------------------------------------------------------------

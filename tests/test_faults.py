@@ -1010,7 +1010,7 @@ SHARED = {
 OWN = {
     "mean_teacher": {"--weight": "5.0"}, "cps": {"--weight": "0.3", "--cutmix": "yes"},
     "ucmt": {"--weight": "0.1", "--teacher-mix": "0.99", "--grid": "16", "--top-k": "2",
-             "--umix-labeled": "yes"},
+             "--mix": "umix", "--mix-labeled": "yes"},
     "cdma": {"--distill-weight": "0.1", "--entropy-weight": "0.1", "--temperature": "10.0"},
     "mlds": {"--variant": "mean", "--weight": "0.3"},
     "contrastive_st": {"--weight": "0.1", "--matching": "inter", "--agreement": "0"}}

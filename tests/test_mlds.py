@@ -1,6 +1,6 @@
 """Every equation of mlds.py: by hand, by a naive loop, in closed form; what its heads learn from.
 
-Boxes and tags, from files to the maps of Eq. (3), are in test_annotations.py.
+Boxes and tags, from files to the maps of Eq. (4), are in test_annotations.py.
 """
 import math
 from pathlib import Path
@@ -105,7 +105,36 @@ def test_eq2_mlds_loss_gradient():
         torch.testing.assert_close(z.grad, (z.detach().sigmoid() - target) / z.numel())
 
 
-def test_eq3_allowed_map_by_hand():
+def test_eq3_deep_loss_by_hand():
+    y = torch.tensor([[[0, 0], [0, 1]]])
+    z = torch.tensor([0.75, 0.25]).log().view(1, 2, 1, 1)  # one cell for four pixels
+    expected = -(3 * math.log(0.75) + math.log(0.25)) / 4  # enlarged: the same at every pixel
+    assert mlds.deep_loss([z], y).item() == pytest.approx(expected)
+    assert mlds.deep_loss([z, z], y).item() == pytest.approx(2 * expected)  # depths add up
+    expected = -math.log(0.25)  # shrunk: the cell has the label of its pixel below the middle
+    assert mlds.deep_loss([z], y, nearest=True).item() == pytest.approx(expected)
+
+
+def test_eq3_deep_loss_naive_loop():
+    y, z = torch.randint(3, (2, 6, 6)), torch.randn(2, 3, 2, 2)
+    enlarged = torch.nn.functional.interpolate(z, (6, 6), mode="bilinear")
+    deep = shrunk = 0.0
+    for b in range(2):
+        for i in range(6):
+            for j in range(6):
+                deep -= enlarged[b, :, i, j].log_softmax(0)[y[b, i, j]].item()
+        for i in range(2):
+            for j in range(2):  # cells of three pixels: the middle one
+                shrunk -= z[b, :, i, j].log_softmax(0)[y[b, 3 * i + 1, 3 * j + 1]].item()
+    assert mlds.deep_loss([z], y).item() == pytest.approx(deep / 72, rel=1e-5)
+    assert mlds.deep_loss([z], y, nearest=True).item() == pytest.approx(shrunk / 8, rel=1e-5)
+    fine = torch.randn(2, 3, 6, 6)  # at full resolution both are the plain cross-entropy
+    plain = torch.nn.functional.cross_entropy(fine, y).item()
+    assert mlds.deep_loss([fine], y).item() == pytest.approx(plain)
+    assert mlds.deep_loss([fine], y, nearest=True).item() == pytest.approx(plain)
+
+
+def test_eq4_allowed_map_by_hand():
     left = (1, 0.25, 0.5, 0.5, 1)  # a box of class 1: the left half
     top = (2, 0.5, 0.25, 1, 0.5)
     tag = (2, 0.5, 0.5, 1, 1)
@@ -138,7 +167,7 @@ def touches(i, size, centre, extent):
     return i + 0.01 < end and i + 0.99 > first
 
 
-def test_eq3_allowed_map_naive_loop():
+def test_eq4_allowed_map_naive_loop():
     """A pixel that a box touches is inside it."""
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -156,7 +185,7 @@ def test_eq3_allowed_map_naive_loop():
                 assert classes_in(allowed[i, j]) == sorted(expected)
 
 
-def test_eq3_allowed_map_of_derived_boxes_holds_the_mask(tmp_path):
+def test_eq4_allowed_map_of_derived_boxes_holds_the_mask(tmp_path):
     """At any size: the resized mask lies inside its own boxes."""
     draw_phantom(tmp_path / "one", 100, patients=1)
     masks = [Image.open(path) for path in sorted(tmp_path.glob("one/masks/*"))]
@@ -174,7 +203,7 @@ def test_eq3_allowed_map_of_derived_boxes_holds_the_mask(tmp_path):
     assert torch.equal(mlds.allowed_map(100, 4, [written]), exact)
 
 
-def test_eq4_pseudo_label_by_hand():
+def test_eq5_pseudo_label_by_hand():
     logits = torch.tensor([1.0, 3.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 1, 5)  # 1, then 2, then 0
     allowed = torch.tensor([[[0b111, 0b101, 0b011, 0b001, 0]]], dtype=torch.uint8)
     assert mlds.pseudo_label(logits, allowed).tolist() == [[[1, 2, 1, 0, 0]]]
@@ -184,7 +213,7 @@ def test_eq4_pseudo_label_by_hand():
     assert torch.equal(mlds.pseudo_label(logits, everything), logits.argmax(1))
 
 
-def test_eq4_pseudo_label_naive_loop():
+def test_eq5_pseudo_label_naive_loop():
     logits = torch.randn(2, 8, 6, 6)
     allowed = torch.randint(256, (2, 6, 6), dtype=torch.uint8)
     label = mlds.pseudo_label(logits, allowed)
@@ -196,13 +225,13 @@ def test_eq4_pseudo_label_naive_loop():
                 assert logits[b, label[b, i, j], i, j] == logits[b, classes, i, j].max()
 
 
-def test_eq5_ema_decay():
+def test_eq6_ema_decay():
     assert [mlds.ema_decay(t, 0.99) for t in (0, 1, 2, 3)] == [0, 1 / 2, 1 - 1 / 3, 3 / 4]
     assert mlds.ema_decay(99, 0.99) == pytest.approx(0.99)
     assert mlds.ema_decay(10**6, 0.99) == 0.99
 
 
-def test_eq6_ema_update_by_hand_and_naive_loop():
+def test_eq7_ema_update_by_hand_and_naive_loop():
     networks = mlds.build(1, 2, 4)
     student, teacher = networks["student"], networks["teacher"]
     assert all_equal(teacher.parameters(), student.parameters())
@@ -222,15 +251,16 @@ def test_eq6_ema_update_by_hand_and_naive_loop():
 
 
 @pytest.mark.parametrize("variant, lam, networks", [
-    ("mean", 3.0, ["teacher", "student"]), ("self", 3.0, ["student"]), ("mlds", 0.0, ["student"])])
-def test_eq7_main_total_objective(variant, lam, networks, options):
+    ("mean", 3.0, ["teacher", "student"]), ("self", 3.0, ["student"]), ("mlds", 0.0, ["student"]),
+    ("deep", 0.0, ["student"]), ("nearest", 0.0, ["student"])])
+def test_eq8_main_total_objective(variant, lam, networks, options):
     argv = options("--variant", variant, "--weight", "3", "--val-every", "1", steps=2)
     results = mlds.main(argv)
     rows = rows_of(results["folder"])
     assert len(rows) == 2
     for row in rows:
         assert (row["lam"] > 0) == (lam > 0)
-        assert (row["pseudo"] > 0) == (row["agreement"] > 0) == (variant != "mlds")
+        assert (row["pseudo"] > 0) == (row["agreement"] > 0) == (lam > 0)
         total = row["sup"] + row["mlds"] + row["lam"] * row["pseudo"]
         assert row["loss"] == pytest.approx(total, rel=1e-5)
     assert rows[-1]["lam"] == lam  # after the ramp
@@ -247,9 +277,20 @@ def test_eq7_main_total_objective(variant, lam, networks, options):
 
 # --- What learns from what ------------------------------------------------------------------------
 
-def test_variant_mlds_sees_no_unlabelled_image(make_dataset, options):
+def test_variants_for_masks_differ_in_their_loss_alone(options):
+    """Of one batch and one network, L_sup is the same; deep, nearest and mlds differ."""
+    rows = {}
+    for variant in ("deep", "nearest", "mlds"):
+        argv = options("--variant", variant, "--val-every", "1", steps=1)
+        [rows[variant]] = rows_of(mlds.main(argv)["folder"])
+    assert rows["deep"]["sup"] == rows["nearest"]["sup"] == rows["mlds"]["sup"]
+    assert len({row["mlds"] for row in rows.values()}) == 3
+
+
+@pytest.mark.parametrize("variant", ["mlds", "deep"])
+def test_variants_for_masks_see_no_unlabelled_image(make_dataset, options, variant):
     root = make_dataset()
-    argv = options("--variant", "mlds", "--val-every", "1", data=root, steps=2)
+    argv = options("--variant", variant, "--val-every", "1", data=root, steps=2)
     given = mlds.main(argv)
     data = Data(parse(parser(""), options(data=root)))
     rng = np.random.default_rng(0)

@@ -177,13 +177,65 @@ def test_eq5_umix_gradient_goes_to_the_patch_that_is_shown():
     assert torch.equal(x.grad[0, 0], expected)
 
 
-def test_eq6_ema_decay():
+def test_eq6_cutmix_mask_naive_loop():
+    """The same random numbers, box by box and pixel by pixel."""
+    torch.manual_seed(3)
+    mask = ucmt.cutmix_mask(2, 24, 16, 3, (0.25, 0.5), "cpu")
+    torch.manual_seed(3)
+    share = torch.empty(2, 1).uniform_(0.25, 0.5)
+    aspect, top, left = torch.empty(2, 3).uniform_(-0.5, 0.5), torch.rand(2, 3), torch.rand(2, 3)
+    expected = torch.zeros(2, 24, 16, dtype=torch.bool)
+    for b in range(2):
+        for k in range(3):
+            side = math.sqrt(share[b].item() / 3)
+            h = min(24, 24 * side * math.exp(aspect[b, k]))
+            w = min(16, 16 * side * math.exp(-aspect[b, k]))
+            y0, x0 = top[b, k].item() * (24 - h), left[b, k].item() * (16 - w)
+            for i in range(24):
+                for j in range(16):
+                    if y0 <= i + 0.5 < y0 + h and x0 <= j + 0.5 < x0 + w:
+                        expected[b, i, j] = True
+    assert torch.equal(mask, expected) and mask.any()
+
+
+def test_eq6_cutmix_mask_area():
+    torch.manual_seed(0)
+    one = ucmt.cutmix_mask(200, 64, 64, 1, (0.25, 0.5), "cpu").float().mean((1, 2))
+    assert 0.22 < one.min() < 0.3 and 0.45 < one.max() < 0.53  # one box: the share that was drawn
+    three = ucmt.cutmix_mask(200, 64, 64, 3, (0.25, 0.5), "cpu").float().mean((1, 2))
+    assert three.max() < 0.53 and 0.2 < three.mean() < 0.375  # overlap makes the union smaller
+    assert len(set(three.tolist())) > 100  # another mask for each image
+
+
+def test_eq7_cutmix_by_hand():
+    x = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 2, 2, 2)  # image b holds b everywhere
+    mask = torch.tensor([[True, False], [False, False]]).expand(3, 2, 2)
+    mixed = ucmt.cutmix(x, mask)
+    assert mixed[:, 0, 0, 0].tolist() == [2, 0, 1] and mixed[:, 1, 1, 1].tolist() == [0, 1, 2]
+    labels = ucmt.cutmix(x[:, 0].long(), mask)
+    assert torch.equal(labels, mixed[:, 0].long())  # image and label map stay aligned
+    assert torch.equal(ucmt.cutmix(x, mask & False), x)
+
+
+def test_eq7_cutmix_naive_loop():
+    x, mask = torch.rand(4, 2, 5, 6), torch.rand(4, 5, 6) < 0.5
+    mixed = ucmt.cutmix(x, mask)
+    for b in range(4):
+        for i in range(5):
+            for j in range(6):
+                source = b
+                if mask[b, i, j]:
+                    source = (b - 1) % 4
+                assert torch.equal(mixed[b, :, i, j], x[source, :, i, j])
+
+
+def test_eq8_ema_decay():
     assert [ucmt.ema_decay(t, 0.99) for t in (0, 1, 2, 3)] == [0, 1 / 2, 1 - 1 / 3, 3 / 4]
     assert ucmt.ema_decay(99, 0.99) == pytest.approx(0.99)
     assert ucmt.ema_decay(10**6, 0.99) == 0.99
 
 
-def test_eq7_ema_update_by_hand_and_naive_loop():
+def test_eq9_ema_update_by_hand_and_naive_loop():
     teacher, student_1, student_2 = (torch.nn.Linear(1, 1) for _ in range(3))
     with torch.no_grad():
         for network, value in ((teacher, 1.0), (student_1, 2.0), (student_2, 6.0)):
@@ -204,9 +256,9 @@ def test_eq7_ema_update_by_hand_and_naive_loop():
 
 
 @pytest.mark.parametrize("more, weight", [
-    ((), 0.1), (("--no-umix-labeled",), 0.1),
+    ((), 0.1), (("--no-mix-labeled",), 0.1), (("--mix", "none"), 0.1),
     (("--weight", "3", "--top-k", "0", "--grid", "8"), 3)])
-def test_eq8_main_total_objective(options, more, weight):
+def test_eq10_main_total_objective(options, more, weight):
     """A row holds the means of a batch's two steps, which have one weight."""
     rows = rows_of(ucmt.main(options(*more, "--val-every", "2", steps=8))["folder"])
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
@@ -269,18 +321,33 @@ def test_views_are_independent_and_the_second_step_sees_mixed_images(options, mo
         assert 0 < changed <= 4 / 256  # at most 4 of 16 x 16 patches
 
 
-@pytest.mark.parametrize("more, expected", [
-    ((), [2, 2, 2]), (("--no-umix-labeled", "--top-k", "3"), [0, 0, 3])])
-def test_labelled_images_are_mixed_with_their_masks_or_not_at_all(options, monkeypatch, more,
-                                                                  expected):
-    calls, umix = [], ucmt.umix
+@pytest.mark.parametrize("mix", ["umix", "cutmix", "none"])
+@pytest.mark.parametrize("flag", ["--mix-labeled", "--no-mix-labeled"])
+def test_labelled_images_are_mixed_with_their_masks_or_not_at_all(options, monkeypatch, mix, flag):
+    """The masks are those that the labelled images would give, before and after mixing."""
+    batches = []
+    strong, supervised_loss = ucmt.strong, ucmt.supervised_loss
 
-    def recorded(x, u_1, u_2, k):
-        calls.append((x.dim(), k, u_1, u_2))
-        return umix(x, u_1, u_2, k)
-    monkeypatch.setattr(ucmt, "umix", recorded)
-    ucmt.main(options(*more, steps=2))
-    images, masks, unlabeled = calls[:3]  # x_l, y_l, x_u; then preview.png's
-    assert [images[0], masks[0], unlabeled[0]] == [4, 3, 4]
-    assert [images[1], masks[1], unlabeled[1]] == expected
-    assert torch.equal(images[2], masks[2]) and torch.equal(images[3], masks[3])
+    def views(x):
+        batches.append(x)
+        return strong(x)
+
+    def losses(logits, y):
+        batches.append(y)
+        return supervised_loss(logits, y)
+    monkeypatch.setattr(ucmt, "strong", views)
+    monkeypatch.setattr(ucmt, "supervised_loss", losses)
+    monkeypatch.setattr(ucmt.Data, "batch", tell_tale_batch)
+    ucmt.main(options("--mix", mix, flag, steps=2))
+    x_l, _, x_u, _, y_l, _, mixed_l, _, mixed_u, _, mixed_y, _ = batches
+    assert torch.equal((x_l[:, 0] * 4).round().long(), y_l)
+    assert torch.equal((mixed_l[:, 0] * 4).round().long(), mixed_y)
+    assert torch.equal(x_l, mixed_l) == (mix == "none" or flag == "--no-mix-labeled")
+    assert torch.equal(x_u, mixed_u) == (mix == "none")
+
+
+def tell_tale_batch(self, maps=None):
+    """A batch as Data's, in which an image's intensities, times four, are its mask."""
+    y = torch.randint(4, (2, 32, 32))
+    x = y[:, None] / 4
+    return x, y, x.flip(3), None, torch.tensor([0, 1])

@@ -76,7 +76,7 @@ def all_runs(data):
     runs["supervised"] = ("mean_teacher", ["--supervised"])
     runs["full labels"] = ("mean_teacher", ["--labeled", "100%"])
     runs["cps --no-cutmix"] = ("cps", ["--no-cutmix"])
-    runs["ucmt, k = 3"] = ("ucmt", ["--no-umix-labeled", "--top-k", "3"])
+    runs["ucmt, k = 3"] = ("ucmt", ["--no-mix-labeled", "--top-k", "3"])
     runs["mlds self"] = ("mlds", ["--variant", "self"])
     runs["mlds mlds"] = ("mlds", ["--variant", "mlds"])
     runs["mlds tags"] = ("mlds", ["--tags", "50%"])
