@@ -201,7 +201,7 @@ def pictures(networks, x):
     labels = torch.stack([probs[branch].argmax(1) for branch in ATTENTIONS])  # (3, B, H, W)
     disagreement = (labels.amax(0) != labels.amin(0)).float()
     entropy = -torch.xlogy(probs["mean"], probs["mean"]).sum(1)
-    return {"disagreement": heat(disagreement), "entropy of mean": heat(entropy)}
+    return heat("disagreement", disagreement) | heat("entropy of mean", entropy)
 
 
 def main(argv=None):

@@ -37,6 +37,7 @@ import tempfile
 import time
 import unicodedata
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,7 +160,6 @@ def set_lr(optimizer, lr):
 
 
 # --- Metrics: equal to medpy's dc, jc, hd95 and asd, with one rule for empty masks ----------------
-
 METRICS = ("dice", "jaccard", "hd95", "asd")
 
 
@@ -472,6 +472,11 @@ def write_json(content, path):
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
+def write_tensors(content, path):
+    with open(path, "wb") as file:  # torch.save itself would not say that the disk is full
+        torch.save(content, file)
+
+
 def write_png(image, path):
     image.save(path, "PNG")
 
@@ -636,14 +641,15 @@ def parse(parser, argv=None):
         fill_defaults(parser, args)
     args.device = choose_device(args.device)
     args.precision = choose_precision(args.precision, args.device)
-    if args.size == 2**DEPTH and 1 in (args.batch_size, args.unlabeled_batch):
-        stop(f"--size {args.size}: a batch of 1 leaves one value a channel at the bottleneck, "
-             "which BatchNorm cannot normalise. Give batches of 2 or a larger --size.")
     count = processes()[1]
     for batch in (args.batch_size, args.unlabeled_batch):
         if batch % count:
             stop(f"--batch-size, --unlabeled-batch: {count} processes cannot share {batch} images "
                  f"alike. Expected a multiple of {count}.")
+        if args.size == 2**DEPTH and batch == count:
+            stop(f"--size {args.size}: one image (in each process) leaves one value a channel at "
+                 "the bottleneck, which BatchNorm cannot normalise. Give larger batches or a "
+                 "larger --size.")
     return args
 
 
@@ -1064,6 +1070,23 @@ def palette_colours(path):
     return colours
 
 
+def check_png(path):
+    """ValueError if the pixels of a PNG end early, which Pillow does not say."""
+    content = path.read_bytes()
+    width, height = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    depth, colour, interlaced = content[24], content[25], content[28]
+    packed, start = b"", 8
+    while start < len(content):  # a chunk: its content's length, type, content, checksum
+        length = int.from_bytes(content[start:start + 4], "big")
+        if content[start + 4:start + 8] == b"IDAT":
+            packed += content[start + 8:start + 8 + length]
+        start += length + 12
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]  # of a pixel
+    row = 1 + math.ceil(width * bits / 8)
+    if not interlaced and len(zlib.decompress(packed)) < height * row:
+        raise ValueError("its pixels end early")
+
+
 def read_picture(path, mask):
     """What Pillow reads: (H, W) or (H, W, 3). Of a palette: colours; of a mask's: numbers.
 
@@ -1074,6 +1097,8 @@ def read_picture(path, mask):
         if pages > 1 and image.format != "MPO":  # a camera's MPO holds one photograph twice
             raise ValueError(f"{pages} pages in a file; expected one file a slice")
         check_tiff(image)
+        if image.format == "PNG":
+            check_png(path)
         colour = image.mode in ("RGB", "RGBA", "LA")
         if colour and any(";16" in str(tile[3]) for tile in image.tile):
             raise ValueError("16 bits in colour, of which Pillow reads 8; save it as .npy")
@@ -1251,16 +1276,29 @@ def write_cache(path, tensors):
     aside = path.with_name(f"building-{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(tensors, aside)
+        remove_leftovers(path.parent)
+        write_tensors(tensors, aside)
         with contextlib.suppress(PermissionError):  # Windows: another run has it open already
             os.replace(aside, path)
         print(f"decoded images are kept in {path.parent} ({path.stat().st_size / 2**20:.1f} MiB "
               "more); it may be deleted at any time")
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
         stop(f"the cache of decoded images, {path.parent}, cannot be written ({error}). Free some "
              "space, or choose another folder with --cache FOLDER.")
+    finally:  # after Ctrl-C, too
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Delete what runs that were killed a day ago, or earlier, left half written in the cache."""
+    for path in folder.glob("building-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 86400:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def open_cache(path):
@@ -1422,11 +1460,10 @@ def draw_phantom(folder, size, patients=48, seed=0):
         return str(folder)
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
+    aside = folder.with_name(f"building-{os.urandom(4).hex()}.tmp")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(".tmp", "building-", folder.parent))
         for part in ("images", "masks"):
-            (aside / part).mkdir()
+            (aside / part).mkdir(parents=True)
         for number in range(patients):
             patient = draw_patient(rng)
             for frame, squeeze in ((1, 1.0), (2, rng.uniform(0.6, 0.8))):
@@ -1446,6 +1483,7 @@ def draw_phantom(folder, size, patients=48, seed=0):
         if not folder.exists():  # otherwise a run beside this one was faster
             stop(f"the phantom cannot be drawn into {folder} ({error}). Free some space, or choose "
                  "another folder with --cache FOLDER.")
+    finally:  # after Ctrl-C, too
         shutil.rmtree(aside, ignore_errors=True)
     return str(folder)
 
@@ -1470,18 +1508,23 @@ def column_squares(mask):
     return np.minimum(y - above, below - y) ** 2
 
 
-def nearest_squares(columns, z, y, x):
+def nearest_squares(columns, slices, z, y, x):
     """Squared distance from the points (z, y[i], x[i]) of one slice to the nearest target: (N,).
 
-    Slices are searched from z outwards, until no farther slice can be nearer.
+    columns: column_squares of the `slices`, numbers, that hold a target. They are searched from z
+    outwards, each for the points to which it can be nearer than those before.
     """
     every_x = np.arange(columns.shape[2])
     nearest = np.full(len(y), np.inf)
-    for k in sorted(range(len(columns)), key=lambda k: abs(k - z)):
-        if (k - z) ** 2 >= nearest.max():
+    searched = np.arange(len(y))
+    for k in np.argsort(abs(slices - z), kind="stable"):
+        depth = (slices[k] - z) ** 2
+        searched = searched[nearest[searched] > depth]
+        if len(searched) == 0:
             break
-        in_slice = (columns[k, y] + (x[:, None] - every_x) ** 2).min(1)  # (N, W) -> (N,)
-        nearest = np.minimum(nearest, in_slice + (k - z) ** 2)
+        in_rows = columns[k, y[searched]]  # (N, W)
+        in_slice = (in_rows + (x[searched, None] - every_x) ** 2).min(1)
+        nearest[searched] = np.minimum(nearest[searched], in_slice + depth)
     return nearest
 
 
@@ -1495,13 +1538,15 @@ def distances_to(target, points):
     target, points = target - low, points - low
     mask = np.zeros(np.maximum(target.max(0), points.max(0)) + 1, bool)  # (D, H, W)
     mask[tuple(target.T)] = True
-    columns = column_squares(mask)
+    slices = np.flatnonzero(mask.any((1, 2)))
+    columns = column_squares(mask[slices])
     squares = np.empty(len(points))
     for z in np.unique(points[:, 0]):
         here = np.flatnonzero(points[:, 0] == z)
         parts = 1 + len(here) * mask.shape[2] // 2**22  # bounded memory
         for part in np.array_split(here, parts):
-            squares[part] = nearest_squares(columns, z, points[part, 1], points[part, 2])
+            squares[part] = nearest_squares(columns, slices, z, points[part, 1],
+                                            points[part, 2])
     return np.sqrt(squares)
 
 
@@ -1512,7 +1557,8 @@ LOG_EVERY = 20  # steps in a row of log.csv
 
 def digest(names):
     """Eight letters that stand for a list of names."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+    text = "\n".join(names).encode(errors="surrogateescape")  # some names are not UTF-8
+    return hashlib.sha256(text).hexdigest()[:8]
 
 
 def new_folder(parent, title):
@@ -1687,7 +1733,7 @@ class Run:
                  "class_names": data.class_names,
                  "networks": {name: net.state_dict() for name, net in self.networks.items()}}
         if better:
-            write_aside(self.folder / "best.pt", state, torch.save)
+            write_aside(self.folder / "best.pt", state, write_tensors)
         random = {"cpu": torch.get_rng_state()}
         if args.device.startswith("cuda"):
             random["cuda"] = torch.cuda.get_rng_state(args.device)
@@ -1697,7 +1743,7 @@ class Run:
         state["rows"] = self.rows
         state["best"] = self.best
         state["seconds"] = time.time() - self.start
-        write_aside(self.folder / "last.pt", state, torch.save)
+        write_aside(self.folder / "last.pt", state, write_tensors)
         self.saved_step = done
 
     def check_split(self):
@@ -1755,7 +1801,7 @@ class Run:
         last = {self.headline: last[self.headline]} | last  # first in the table
         best, best_step = last, args.steps
         state = {"step": args.steps}
-        if (self.folder / "best.pt").exists():
+        if self.saved_step > 0:  # then there must be one: a missing best.pt is not passed over
             state = load_checkpoint(self.folder / "best.pt", "best.pt")
         if state["step"] < args.steps:
             networks = copy.deepcopy(self.networks)  # the last ones stay in place
@@ -1783,12 +1829,22 @@ class Run:
         """preview.png: some validation images, truth, what each network says, method's pictures."""
         chosen = examples(self.data, "val")
         x = self.data.load_images(chosen)
-        columns = {"image": x, "truth": overlay(x, self.data.load_labels(chosen))}
+        y = self.data.load_labels(chosen)
+        columns = {"image": x, "truth": overlay(x, y)}
         with evaluating(self.networks):
-            for name, probs in self.predict(self.networks, x).items():
+            predicted = self.predict(self.networks, x)
+            for name, probs in predicted.items():
                 columns[name] = overlay(x, probs.argmax(1))
             columns |= self.pictures(self.networks, x)
-        save_sheet(self.folder / "preview.png", columns, self.data.class_names)
+        captions = []
+        for i, pred, truth in zip(chosen, predicted[self.headline].argmax(1), y, strict=True):
+            scores = []
+            for c in range(1, self.data.classes):
+                masks = (pred == c).cpu().numpy(), (truth == c).cpu().numpy()
+                scores.append(mask_scores(*masks, distances=False))
+            dice = cell(mean_score(scores, "dice"))
+            captions.append(f"{self.data.items[i].name}\n{self.headline}: Dice {dice}")
+        save_sheet(self.folder / "preview.png", columns, self.data.class_names, captions)
 
     def print_results(self, results):
         """The table at the end of a run."""
@@ -1943,9 +1999,10 @@ def overlay(x, labels):
     return torch.stack(pictures)
 
 
-def heat(values):
-    """Maps (B, H, W), 0 or larger -> grey images (B, 1, H, W), the largest value white."""
-    return (values / values.max().clamp_min(1e-8))[:, None]
+def heat(title, values):
+    """Maps (B, H, W), 0 or larger -> a column for save_sheet: {title and maximum: grey images}."""
+    largest = values.max().clamp_min(1e-8)
+    return {f"{title}\nwhite: {largest:.2g}": (values / largest)[:, None]}
 
 
 def examples(data, part):
@@ -1963,10 +2020,10 @@ def draw_legend(sheet, names, top):
         ImageDraw.Draw(sheet).text((4, top + 16 * i), name, color, font)
 
 
-def save_sheet(path, columns, names):
+def save_sheet(path, columns, names, captions):
     """A PNG of titled columns {title: images (B, 1 or 3, H, W), in [0, 1] or uint8}, and a legend.
 
-    names: of the classes, background first.
+    names: of the classes, background first. captions: a line for each row, over its first image.
     """
     tiles = []
     for images in columns.values():
@@ -1983,6 +2040,10 @@ def save_sheet(path, columns, names):
     for i, title in enumerate(columns):
         xy = (4 + i * (TILE + 2), 3)
         ImageDraw.Draw(sheet).text(xy, title, "black", ImageFont.load_default(13))
+    for i, caption in enumerate(captions):
+        xy = (5, 40 + i * (TILE + 2))
+        ImageDraw.Draw(sheet).text(xy, caption, "white", ImageFont.load_default(11),
+                                   stroke_width=2, stroke_fill="black")
     write_aside(path, sheet, write_png)
 
 
@@ -2157,7 +2218,8 @@ def check_data(args):
     x = data.load_images(chosen)
     path = Path(args.out, data.name, "check.png")
     columns = {"image": x, "mask": overlay(x, data.load_labels(chosen))}
-    save_sheet(path, columns, data.class_names)
+    captions = [data.items[i].name for i in chosen]
+    save_sheet(path, columns, data.class_names, captions)
     words = "no problem found"
     if warnings_found:
         words = f"{plural(len(warnings_found), 'warning')}, no error"
@@ -2193,10 +2255,14 @@ def predict_images(args):
         files = {source.stem: source}
     if not files:
         stop(f"--images {args.images}: no images there. Expected files {' '.join(ENDINGS)}.")
-    mark = args.out / "predicted.txt"
-    if (args.out / "masks").exists() and not mark.exists():
-        stop(f"--out {args.out}: there are masks in it that predict did not write. Name another "
-             "folder.")
+    mark = args.out / "predicted.txt"  # the names of the masks that predict wrote
+    written = []
+    if mark.exists():
+        written = mark.read_text("utf-8", "replace").splitlines()
+    for path in sorted(args.out.glob("masks/*")):
+        if path.stem not in written:
+            stop(f"--out {args.out}: predict did not write {path.name} in its masks. Name another "
+                 "folder.")
     network = args.network or run.state["headline"]
     volumes = {}
     for name, path in files.items():
@@ -2208,7 +2274,8 @@ def predict_images(args):
             bad += problems
             for path, image in arrays.items():
                 labels = segment(run, image, network)
-                write_aside(mark, f"predict wrote this with {args.run}\n", write_text)
+                if bar.n == 0:  # before the first mask
+                    write_aside(mark, "\n".join([*written, *files]), write_text)
                 write_prediction(run, image, labels, path.stem, args.out)
                 bar.update()
     print(f"{len(files) - len(bad)} of {len(files)} images segmented by {network} of {args.run}, "

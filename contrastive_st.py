@@ -193,7 +193,7 @@ def pictures(networks, x):
     cosine = F.cosine_similarity(z[:, None], class_means(z, masks)[..., None, None], dim=2)
     cosine = cosine.masked_fill(~masks.any(3).any(2)[:, :, None, None], -1)  # absent classes
     nearest = overlay(x, cosine.argmax(1))
-    return {"nearest class mean": nearest, "distance to it": heat(1 - cosine.amax(1))}
+    return {"nearest class mean": nearest} | heat("distance to it", 1 - cosine.amax(1))
 
 
 def pseudo_labels(labeler, data, agreement, seed):

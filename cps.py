@@ -140,8 +140,9 @@ def pictures(networks, x):
     label_1, label_2 = networks["network 1"](x).argmax(1), networks["network 2"](x).argmax(1)
     mask = cutmix_mask(len(x), *x.shape[2:], BOXES, AREA, x.device)
     mixed = cutmix(x, mask)
-    return {"disagreement": heat((label_1 != label_2).float()), "CutMix image": mixed,
-            "its labels by 2": overlay(mixed, cutmix(label_2, mask))}
+    columns = heat("disagreement", (label_1 != label_2).float())
+    columns |= {"CutMix image": mixed, "its labels by 2": overlay(mixed, cutmix(label_2, mask))}
+    return columns
 
 
 def main(argv=None):

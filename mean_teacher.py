@@ -136,7 +136,7 @@ def pictures(networks, x):
     probs = predict(networks, x)
     difference = (probs["student"] - probs["teacher"]).square().mean(1)
     entropy = -torch.xlogy(probs["teacher"], probs["teacher"]).sum(1)
-    return {"squared difference": heat(difference), "teacher's entropy": heat(entropy)}
+    return heat("squared difference", difference) | heat("teacher's entropy", entropy)
 
 
 def main(argv=None):

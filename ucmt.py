@@ -227,10 +227,10 @@ def pictures(networks, x, grid, k):
     u_2 = uncertainty(probs["student 2"], probs["teacher"], grid)
     pixel = torch.arange(x[:, 0].numel(), device=x.device).view(-1, *x.shape[2:])
     overwritten = umix(pixel, u_1, u_2, k) != pixel
-    heat_1 = F.interpolate(heat(u_1), x.shape[2:])
-    heat_2 = F.interpolate(heat(u_2), x.shape[2:])
-    mixed = overlay(umix(x, u_1, u_2, k), overwritten.long())
-    return {"uncertainty 1": heat_1, "uncertainty 2": heat_2, "patches": mixed}
+    mixed = umix(x, u_1, u_2, k)
+    u_1, u_2 = F.interpolate(torch.stack([u_1, u_2]), x.shape[2:])  # (B, H, W) each
+    columns = heat("uncertainty 1", u_1) | heat("uncertainty 2", u_2)
+    return columns | {"UMIX, patches": overlay(mixed, overwritten.long())}
 
 
 def main(argv=None):
