@@ -43,9 +43,8 @@ Differences
     (λ and its ramp are not the          | λ = 0.3 with a ramp [ours].          | with CE: 49, 56,
     paper's.)                            |                                      | 53 for λ = 1, 0.3,
                                          |                                      | 0.05
-    (BatchNorm in the teacher is not     | It labels in train mode, with        | ?
-    described.)                          | statistics of its own; parameters    |
-                                         | alone are averaged.                  |
+    (BatchNorm in the teacher is not     | It labels in train mode; its         | as in
+    described.)                          | statistics are the student's.        | mean_teacher.py
     (Some code streams labelled images   | No unlabelled image is labelled (at  | ?
     as unlabelled, too.)                 | 100% all, and Ŷ is their mask).      |
     Other networks and optimizers.       | U-Net, AdamW and common.strong, as   | ?
@@ -197,11 +196,14 @@ def ema_decay(step, decay):
 def ema_update(teacher, student, alpha):
     """Eq. (7): θ_t ← α θ_t + (1 − α) θ_s, in place, for every parameter.
 
-    teacher, student: modules of one architecture. No gradient. BatchNorm's buffers are left alone.
+    teacher, student: modules of one architecture. No gradient. The student's BatchNorm statistics
+    are copied.
     """
     with torch.no_grad():
         for p_t, p_s in zip(teacher.parameters(), student.parameters(), strict=True):
             p_t.lerp_(p_s, 1 - alpha)
+        for b_t, b_s in zip(teacher.buffers(), student.buffers(), strict=True):
+            b_t.copy_(b_s)
 
 
 # -------------------------------------------------------------------------------------- Annotations

@@ -53,6 +53,8 @@ Differences
     patched (code).                      |                                      |
     Within a swap, pairs go in another   | The surest patch overwrites the      | ?
     order (code).                        | least sure.                          |
+    The teacher keeps BatchNorm          | It takes student 1's [ours].         | as in
+    statistics of its own (code).        |                                      | mean_teacher.py
     L_s is Dice alone (code).            | CE + Dice, as in all six files.      | ?
     The rate is 1e-4, constant; ramp and | Poly decay; both count optimizer     | ?
     EMA count batches (code).            | steps, two a batch.                  |
@@ -197,12 +199,14 @@ def ema_update(teacher, student_1, student_2, mix, alpha):
     """Eq. (9): θ_T ← α θ_T + (1 − α) (β θ_1 + (1 − β) θ_2), in place, β = mix, for every parameter.
 
     teacher, student_1, student_2: modules of one architecture; mix, alpha: numbers. No gradient.
-    BatchNorm's buffers are left alone.
+    Student 1's BatchNorm statistics are copied.
     """
     parameters = (network.parameters() for network in (teacher, student_1, student_2))
     with torch.no_grad():
         for p_t, p_1, p_2 in zip(*parameters, strict=True):
             p_t.lerp_(p_2.lerp(p_1, mix), 1 - alpha)
+        for b_t, b_1 in zip(teacher.buffers(), student_1.buffers(), strict=True):
+            b_t.copy_(b_1)
 
 
 # ----------------------------------------------------------------------------------------- Networks
