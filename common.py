@@ -2410,7 +2410,8 @@ def find_base(run, runs):
 def compare_runs(folders, out):
     """A table of finished runs, as Markdown and CSV: mean ± standard deviation over seeds.
 
-    Gain: in Dice over the labelled-only runs (--supervised) of the same split and settings.
+    Gain: in Dice over the labelled-only runs (--supervised) of the same split and settings. With a
+    picture of their curves: validation Dice, agreement and uncertainty against steps.
     """
     runs = read_results(folders)
     differing = [name for name in SETTINGS if len({run["args"][name] for run in runs}) > 1]
@@ -2435,6 +2436,72 @@ def compare_runs(folders, out):
         seeds = " ".join(str(run["seed"]) for run in row)
         table.append([dataset, labeled, name, seeds, *cells, gain])
     write_table(table, out)
+    draw_curves({run["folder"].name: read_curves(run["folder"]) for run in runs},
+                out / "comparison.png")
+    print(f"comparison.md, comparison.csv and comparison.png, the curves, are in {out}")
+
+
+def read_curves(folder):
+    """A run's log.csv -> {column: [(step, value)]}; {} where it cannot be read."""
+    curves = {}
+    try:
+        with open(folder / "log.csv", encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                for column, text in row.items():
+                    if text and math.isfinite(float(text)):
+                        point = int(row["step"]), float(text)
+                        curves.setdefault(column, []).append(point)
+        if not curves:
+            raise ValueError("no rows")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{folder}: its log.csv is not drawn ({error!r})")
+        return {}
+    return curves
+
+
+DIAGRAMS = {"val_dice": "validation Dice %", "agreement": "agreement: share of pixels",
+            "uncertainty": "uncertainty: mean entropy on unlabelled images"}
+LINES = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
+         "#bcbd22", "#17becf"]  # colours that can be seen on white
+
+
+def draw_diagram(sheet, top, title, curves):
+    """Draw curves, lists of (step, value) or empty, over steps into 640 x 220 pixels of a sheet."""
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    left, right, upper, lower = 50, 620, top + 24, top + 190
+    points = np.array([point for curve in curves for point in curve])
+    steps, low, high = points[:, 0].max(), points[:, 1].min(), points[:, 1].max()
+    steps, high = max(steps, 1), max(high, low + 1e-6)
+    draw.text((left, top + 4), title, "black", font)
+    draw.rectangle((left, upper, right, lower), outline="black")
+    for k in range(5):  # ticks
+        x, y = left + (right - left) * k / 4, lower - (lower - upper) * k / 4
+        draw.line((x, lower, x, lower + 4), "black")
+        draw.line((left - 4, y, left, y), "black")
+        draw.text((x, lower + 5), f"{steps * k / 4:g}", "black", font, "ma")
+        draw.text((left - 6, y), f"{low + (high - low) * k / 4:.3g}", "black", font, "rm")
+    for i, curve in enumerate(curves):
+        line = []
+        for step, value in curve:
+            line.append((left + (right - left) * step / steps,
+                         lower - (lower - upper) * (value - low) / (high - low)))
+        draw.line(line, LINES[i % len(LINES)], 2)
+
+
+def draw_curves(runs, path):
+    """A PNG of what {name: its curves} logged over the steps: validation Dice and two more."""
+    shown = {}  # {column: a curve for each run}
+    for column in DIAGRAMS:
+        curves = [run.get(column, []) for run in runs.values()]
+        if any(curves):
+            shown[column] = curves
+    sheet = Image.new("RGB", (640, 220 * len(shown) + 16 * len(runs) + 8), "white")
+    for i, (column, curves) in enumerate(shown.items()):
+        draw_diagram(sheet, 220 * i, DIAGRAMS[column], curves)
+    for i, name in enumerate(runs):
+        xy = (50, 220 * len(shown) + 16 * i)
+        ImageDraw.Draw(sheet).text(xy, name, LINES[i % len(LINES)], ImageFont.load_default(12))
+    write_aside(path, sheet, write_png)
 
 
 def write_table(table, out):
@@ -2447,7 +2514,6 @@ def write_table(table, out):
     print(text, end="")
     write_aside(out / "comparison.md", text, write_text)
     write_aside(out / "comparison.csv", cells.getvalue(), write_text)
-    print(f"comparison.md and comparison.csv are in {out}")
 
 
 COMMANDS = "check, phantom, predict, compare"

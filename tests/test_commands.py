@@ -743,3 +743,41 @@ def test_compare_real_runs_from_any_directory_by_results_json_alone(phantom, opt
         assert row["Dice %"] == f"{result['headline']['dice']:.2f}"
     gain = results[0]["headline"]["dice"] - results[1]["headline"]["dice"]
     assert numbers_in(rows[1][GAIN])[0] == pytest.approx(gain, abs=0.011)
+
+
+def picture_of(out, *logs):
+    """comparison.png (H, W, 3) of runs with these texts as log.csv."""
+    folders = []
+    for number, text in enumerate(logs):
+        folders.append(fake_run(out / f"run{number}", "cps", number, [[50.0]]))
+        (folders[-1] / "log.csv").write_text(text)
+    compare(out / "out", *folders)
+    return np.array(Image.open(out / "out" / "comparison.png"))
+
+
+def places_of(picture, number):
+    """Where the line of a run's colour is: rows and columns."""
+    colour = tuple(bytes.fromhex(common.LINES[number][1:]))
+    return np.nonzero((picture == colour).all(2))
+
+
+def test_compare_draws_validation_dice_agreement_and_uncertainty(tmp_path):
+    rising = "step,agreement,lr,val_dice\n20,0.5,1,\n40,0.6,1,10\n80,0.9,1,90\n"
+    level = "step,agreement,lr,val_dice\n40,0.9,1,50\n80,0.9,1,50\n"
+    picture = picture_of(tmp_path, rising, level)
+    assert picture.shape == (220 * 2 + 16 * 2 + 8, 640, 3)  # two diagrams, two names
+    diagram = picture[:220]
+    rows, columns = places_of(diagram, 0)
+    assert abs(columns.min() - 335) < 4 and abs(columns.max() - 620) < 4  # step 40 of 80, to 80
+    assert rows[columns < 350].min() > rows[columns > 600].max()  # upwards
+    rows, columns = places_of(diagram, 1)
+    assert np.ptp(rows) < 4 and abs(rows.mean() - 107) < 4  # half way between 10 and 90
+    with_uncertainty = picture_of(tmp_path / "more", "step,uncertainty\n20,0.5\n40,0.25\n")
+    assert with_uncertainty.shape[0] == 220 + 16 + 8
+
+
+@pytest.mark.parametrize("text", ["garbage", "", "step,val_dice\nx,y\n", "step,val_dice\nnan,nan\n"])
+def test_compare_without_a_log_says_so_and_draws_the_others(tmp_path, capsys, text):
+    picture = picture_of(tmp_path, text, "step,val_dice\n40,50\n80,60\n")
+    assert "run0: its log.csv is not drawn" in capsys.readouterr().out
+    assert len(places_of(picture[:220], 1)[0]) > 100 and not len(places_of(picture[:220], 0)[0])
