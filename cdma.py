@@ -6,9 +6,10 @@ L. Zhong, X. Liao, S. Zhang, G. Wang, MICCAI 2023, https://arxiv.org/abs/2305.18
 Idea
     One encoder feeds three decoders that differ in their attention. One weighs channels (CA), one
     weighs places (SA), and one does both in turn (CSA). The three decoders make different
-    mistakes, and cost only 1.8 times the weights of one network. Each decoder learns from the
-    other two's probabilities, softened so that second choices count, on all images. A last term
-    makes their mean confident. The CSA branch is used in the end.
+    mistakes, and cost only 1.8 times the weights of one network. On all images, each decoder learns
+    from the probabilities of the other two; a temperature flattens these, so that less likely
+    classes count, too. A last loss lowers the entropy of the three decoders' mean. The CSA branch
+    is used in the end.
 
                         +---> decoder with CA  ---> P_CA ----+    each is pulled towards the other
         x ---> encoder -+---> decoder with SA  ---> P_SA ----+--- two at temperature T (all images);
@@ -33,25 +34,27 @@ Differences
     -------------------------------------+--------------------------------------+-------------------
     The distillation is written for two  | Any number of classes.               | ?
     classes (code).                      |                                      |
-    SA is 7×7 in both branches (code).   | The same, after each decoder block.  | ?
-    Decoders start from different        | Decoders start alike; biases open    | different, half
-    weights; attention has no biases, so | the gates to 0.88 [ours].            | open: 54 Dice
-    gates start half open (code).        |                                      | (seed 10)
-    Dropout, 0.5 on the shared features, | None.                                | 56, 77 (seed 10)
-    0.5 and 0.1 in decoders (code).      |                                      |
-    A pretrained encoder without batch   | A U-Net's encoder with BatchNorm;    | ?
-    statistics.                          | labelled and unlabelled images pass  |
-                                         | separately.                          |
-    SGD; the rate falls to a tenth at    | AdamW with poly decay, as in all six | ?
-    1/4, 1/2, 3/4 (code).                | files.                               |
-    The Dice has squares and is summed   | CE + Dice, as in all six files.      | ?
-    over the batch (code).               |                                      |
-    Flips, quarter turns, little noise.  | All branches see one common.strong   | x_u weak: 57, 77
-                                         | view.                                | (seeds 10, 11)
-    Dice of CSA, phantom's validation patients, at the end; as it is 77, 75 (seeds 10, 11). CDMA
-    gains nothing over labelled-only training here (README).
+    The decoder is DeepLabv3+'s.         | A U-Net's, with attention after its  | attention before
+                                         | three coarse blocks, as the authors  | the last layer,
+                                         | have it in a U-Net of theirs (code). | too: CSA missed a
+                                         |                                      | class (--seed 2)
+    Dropout is 0.5 on the shared         | None.                                | ?
+    features, 0.5 and 0.1 in decoders    |                                      |
+    (code).                              |                                      |
+    The encoder is pretrained and does   | A U-Net's, with BatchNorm; labelled  | ?
+    not use batch statistics.            | and unlabelled images go through in  |
+                                         | two passes.                          |
+    SGD, whose rate falls at 1/4, 1/2,   | AdamW with poly decay, as in all six | ?
+    3/4 to a tenth or half (code, by     | files.                               |
+    version).                            |                                      |
+    The Dice loss squares probabilities  | CE + Dice, as in all six files.      | ?
+    and sums over the batch (code).      |                                      |
+    Images are flipped, turned by 90     | All branches see one common.strong   | ?
+    degrees, and get a little noise.     | view.                                |
+    (Other code draws labelled images    | The unlabelled batch holds no        | ?
+    for the unlabelled batch, too.)      | labelled image, unless all are.      |
+    ?: not tried.
 """
-import copy
 import math
 
 import torch
@@ -90,8 +93,7 @@ class ChannelAttention(nn.Module):
         super().__init__()
         hidden = max(1, channels // 16)  # [code]
         self.mlp = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.ReLU(True),
-                                 nn.Conv2d(hidden, channels, 1))
-        nn.init.ones_(self.mlp[2].bias)  # counted twice: σ starts near 0.88, open [ours]
+                                 nn.Conv2d(hidden, channels, 1, bias=False))  # no biases: [code]
 
     def forward(self, x):
         average, largest = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
@@ -103,15 +105,14 @@ class SpatialAttention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(2, 1, 7, padding=3)  # 7: [paper]
-        nn.init.constant_(self.conv.bias, 2.0)  # σ starts near 0.88, open [ours]
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)  # 7: [code]
 
     def forward(self, x):
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
         return x * self.conv(pooled).sigmoid()  # weights (B, 1, H, W)
 
 
-ATTENTIONS = {  # [paper] branch: attention after a decoder block of that many channels
+ATTENTIONS = {  # [paper] the branches; [code] attention after a block of that many channels
     "CSA": lambda channels: nn.Sequential(ChannelAttention(channels), SpatialAttention()),
     "CA": ChannelAttention,
     "SA": lambda channels: SpatialAttention(),
@@ -122,24 +123,27 @@ class ThreeBranches(nn.Module):
     """Image (B, channels, H, W) -> {branch: logits (B, classes, H, W), float32}: CSA, CA and SA.
 
     encoder(x): features from fine to coarse; decoders: one a branch, with `blocks` that join a
-    coarse and a skip feature, of `widths` channels, coarsest first.
+    coarse and a skip feature, of `widths` channels, coarsest first. Attention follows every block
+    but the finest: before the classifier a gate shrinks features, and nothing repairs that.
     """
 
     def __init__(self, encoder, decoders, widths, classes):
         super().__init__()
-        self.encoder, self.decoders = encoder, nn.ModuleDict(zip(ATTENTIONS, decoders, strict=True))
-        self.attentions = nn.ModuleDict({branch: nn.ModuleList(attention(c) for c in widths)
-                                         for branch, attention in ATTENTIONS.items()})
-        self.heads = nn.ModuleDict({branch: nn.Conv2d(widths[-1], classes, 1)
-                                    for branch in ATTENTIONS})
+        self.encoder = encoder
+        self.decoders = nn.ModuleDict(zip(ATTENTIONS, decoders, strict=True))
+        self.attentions, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        for branch, attention in ATTENTIONS.items():
+            self.attentions[branch] = nn.ModuleList(attention(c) for c in widths[:-1])
+            self.heads[branch] = nn.Conv2d(widths[-1], classes, 1)
 
     def forward(self, x):
         *skips, bottleneck = self.encoder(x)
         logits = {}
         for branch, decoder in self.decoders.items():
-            x, attentions = bottleneck, self.attentions[branch]
-            for block, attention, skip in zip(decoder.blocks, attentions, skips[::-1], strict=True):
-                x = attention(block(x, skip))
+            x = bottleneck
+            for stage, attention in enumerate(self.attentions[branch]):
+                x = attention(decoder.blocks[stage](x, skips[-1 - stage]))
+            x = decoder.blocks[-1](x, skips[0])
             logits[branch] = self.heads[branch](x).float()
         return logits
 
@@ -182,9 +186,8 @@ def um_loss(logits):
 
 
 def build(channels, classes, width):
-    """The U-Net's encoder, and its decoder three times, with attention: {name: network}."""
-    decoder = Decoder(width)  # equal blocks; heads and gates differ [ours], see Differences, 3
-    decoders = [copy.deepcopy(decoder) for _ in ATTENTIONS]
+    """The U-Net's encoder and three of its decoders, with attention: {name: network}."""
+    decoders = [Decoder(width) for _ in ATTENTIONS]  # each with random weights of its own
     widths = [8 * width, 4 * width, 2 * width, width]  # of Decoder's blocks, coarsest first
     return {"three branches": ThreeBranches(Encoder(channels, width), decoders, widths, classes)}
 
