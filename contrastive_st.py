@@ -5,12 +5,13 @@ segmentation", K. Chaitanya, E. Erdil, N. Karani, E. Konukoglu, Medical Image An
 https://arxiv.org/abs/2112.09645
 
 Idea
-    A network trained on labelled images labels the unlabelled ones. These pseudo-labels are wrong
-    in places, so they never train the classifier, only the features below it. A small head gives
-    every pixel an embedding. A few pixels of each foreground class are pulled towards the mean
-    embedding of their class, in their own image and in another one, and away from the means of
-    other classes. A class mean hardly changes when a few of its pixels are wrong. After each of
-    three rounds the network labels the images again. The last network is the result.
+    Stage 1 trains a network on labelled images alone. Then it labels the unlabelled ones. These
+    pseudo-labels are wrong in places, so they never train the classifier, only the features below
+    it. A small head gives every pixel an embedding. A few pixels of each foreground class are
+    pulled towards the mean embedding of their class, in their own image and in another one, and
+    away from the means of other classes. A class mean hardly changes when a few of its pixels are
+    wrong. Three rounds follow; before the second and the third the network labels the images again.
+    The last network is the result.
 
         x_u ---> labeler, the network when the round began ---> ŷ_u, kept for the round
         x_l ------> network ---> P ----- supervised loss ------ y
@@ -30,31 +31,39 @@ Equations (numbers are this file's)
     Eq. (5)  inter_loss      anchors and the means of a pair of images
     Eq. (6)  dice_agreement  how alike two label maps are, for --agreement
     Eq. (7)  main            L = L_sup(x_l, y) + λ L_cont(x_l, y, x_u, ŷ_u)
+                             --matching none, plain self-training: L_sup(x_l, y) + L_sup(x_u, ŷ_u)
 
 Differences
     paper or authors' code               | here                                 | does it matter?
     -------------------------------------+--------------------------------------+-------------------
     The network best on validation       | The network at the end of the stage  | ?
-    labels the images.                   | labels them, its rate being near 0.  |
+    labels the images.                   | labels them; the learning rate is    |
+                                         | near 0 then.                         |
     A dense CRF cleans the pseudo-       | No CRF.                              | ?
     labels.                              |                                      |
-    The mean is divided inside the loop  | One mean over all terms: half of     | ?
-    over pairs: the last of ten pairs    | what the code would give, had it     |
-    has weight 0.2, the one before 0.011 | divided once.                        |
+    The sum over pairs is divided again  | All terms count alike. Had the code  | ?
+    after every pair: the last of ten    | divided once, its loss would be      |
+    has weight 0.2, the one before 0.011 | twice ours.                          |
     (code).                              |                                      |
     Classes are the foreground's.        | In binary data background counts,    | ?
                                          | too [ours]; one class alone would    |
                                          | make Eq. (4) constant.               |
     Images hold every class (code).      | A class that an image lacks is left  | ?
                                          | out of its terms.                    |
-    Agreement is by volume, with turned  | It is by image, with two strong      | ?
-    and flipped views.                   | views.                               |
-    (How a round starts is not           | It goes on with all weights and      | ?
-    described.)                          | Adam's state; stages' lengths are    |
-                                         | [ours].                              |
+    Images can be left out whose views   | --agreement compares the labels of   | ?
+    get other labels; by volume, views   | two strong views of an image.        |
+    turned and flipped.                  |                                      |
+    Round 1 starts with a new            | It goes on with all weights and      | ?
+    classifier, later ones from the      | Adam's state; stages' lengths are    |
+    checkpoint best on validation (code).| [ours].                              |
+    Ten pairs are of labelled, unlabelled| A pair is a labelled and an          | ?
+    and both kinds (code).               | unlabelled image, if both batches    |
+                                         | have one size.                       |
+    (Other code draws labelled images    | The unlabelled batch holds no        | ?
+    for the unlabelled batch, too.)      | labelled image, unless all are.      |
     Other networks, optimizers and       | U-Net, AdamW, CE + Dice, as in all   | ?
-    losses.                              | six files; a pair is a labelled and  |
-                                         | an unlabelled image.                 |
+    losses.                              | six files.                           |
+    ?: not tried.
 """
 import copy
 
@@ -256,7 +265,7 @@ def main(argv=None):
         stage = max(k for k in range(ROUNDS + 1) if step >= starts[k])  # 0: stage 1; then rounds
         start, end = starts[stage], starts[stage + 1]
         if stage > 0 and step == start:
-            average_statistics(networks)  # several processes: the same labels in all of them
+            average_statistics(networks)  # several processes must compute the same labels
             labeler.load_state_dict(network.state_dict())
             labels = None
         if stage > 0 and labels is None:  # also if --resume begins within a round
@@ -269,7 +278,7 @@ def main(argv=None):
         x_ls, x_us = strong(x_l), strong(x_u)
 
         # 3 targets
-        # none to make: map_u was made when the round began, and moved with x_u
+        # none to compute: map_u holds the labels of this round, moved like x_u
 
         # 4 losses
         with autocast():
@@ -294,7 +303,7 @@ def main(argv=None):
             else:  # plain self-training: wrong pseudo-labels reach the classifier
                 loss_cont, lam = supervised_loss(logits_u, map_u.long()), 1.0
             agreement = (logits_u.argmax(1) == map_u).float().mean()
-        loss = loss_sup + lam * loss_cont  # Eq. (7)
+        loss = loss_sup + lam * loss_cont  # Eq. (7); with --matching none loss_cont is L_sup(ŷ_u)
 
         # 5 step
         lr = set_lr(optimizer, args.lr * poly_decay(step - start, end - start))

@@ -337,6 +337,12 @@ def test_a_run_prints_how_many_images_have_which_annotation(phantom, options, ca
     mlds.main(options("--boxes", "1", "--tags", "1", data=phantom, steps=1))
     line = "training images with masks: 24, boxes: 9, tags: 8, boxes and tags: 0, none: 7\n"
     assert line in capsys.readouterr().out
-    mlds.main(options("--boxes", "1", "--tags", "1", "--variant", "mlds", data=phantom, steps=1))
-    line = "training images with masks: 24, boxes: 1, tags: 0, boxes and tags: 0, none: 23\n"
-    assert line in capsys.readouterr().out  # --variant mlds needs none
+
+
+@pytest.mark.parametrize("variant", ["deep", "nearest", "mlds"])
+@pytest.mark.parametrize("kind", ["--boxes", "--tags"])
+def test_boxes_and_tags_are_refused_where_no_unlabelled_image_is_used(options, capsys, variant,
+                                                                      kind):
+    with pytest.raises(SystemExit) as stopped:
+        mlds.main(options("--variant", variant, kind, "1"))
+    assert stopped.value.code == 2 and "Leave one of them out" in capsys.readouterr().err

@@ -776,7 +776,8 @@ def test_compare_draws_validation_dice_agreement_and_uncertainty(tmp_path):
     assert with_uncertainty.shape[0] == 220 + 16 + 8
 
 
-@pytest.mark.parametrize("text", ["garbage", "", "step,val_dice\nx,y\n", "step,val_dice\nnan,nan\n"])
+@pytest.mark.parametrize("text", [
+    "garbage", "", "step,val_dice\nx,y\n", "step,val_dice\nnan,nan\n"])
 def test_compare_without_a_log_says_so_and_draws_the_others(tmp_path, capsys, text):
     picture = picture_of(tmp_path, text, "step,val_dice\n40,50\n80,60\n")
     assert "run0: its log.csv is not drawn" in capsys.readouterr().out

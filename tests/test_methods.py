@@ -47,7 +47,7 @@ SKELETON = """\
         # 7 log, validate, save
         run.save(step)
     return run.finish()""".splitlines()
-MOST_LINES = {"mlds": 480, "ucmt": 340}  # boxes and tags; two ways to mix
+MOST_LINES = {"mlds": 500, "ucmt": 350, "contrastive_st": 330}  # boxes; two ways to mix; rounds
 RUN_FILES = ["args.json", "best.pt", "last.pt", "log.csv", "preview.png", "results.json",
              "split.json"]
 
@@ -151,7 +151,7 @@ def test_file_fits_a_lecture(method):
     assert 120 <= len(lines) <= MOST_LINES.get(method, 320)
     assert max(map(len, lines)) <= 100
     card = ast.get_docstring(ast.parse(source(method)))
-    assert len(card.splitlines()) <= 60
+    assert len(card.splitlines()) <= 75
     for part in ("https://arxiv.org/abs/", "Idea\n", "Run\n", "Equations", "Differences\n"):
         assert part in card
     for line in lines:  # every constant has its source
