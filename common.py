@@ -259,16 +259,16 @@ def evaluate(predict, networks, data, part, distances=True):
 # --- Augmentation: on the device, for a whole batch, drawn for each image -------------------------
 
 def weak(x, *maps, flip=True, rotation=180):
-    """Random rotation (to `rotation` degrees), scale (to 1.4), flips, shift (to 10%) [ours].
+    """Rotate to ±`rotation` degrees, scale by 1/1.4 to 1.4, flip, shift to 10% of a side [ours].
 
-    x: (B, channels, H, W); integer maps (B, H, W) move alike, 0 from outside. -> [x, *maps].
+    x: (B, channels, H, W); integer maps (B, H, W) move alike; the outside is 0. -> [x, *maps].
     """
     if len(x) == 0:
         return [x, *maps]
     angle = (torch.rand(len(x), device=x.device) * 2 - 1) * math.radians(rotation)
     zoom = 1.4 ** (torch.rand(len(x), device=x.device) * 2 - 1)
     mirrored = torch.rand(len(x), 1, 2, device=x.device) >= 0.5  # horizontally, vertically
-    shift = torch.rand(len(x), 2, 1, device=x.device) * 0.4 - 0.2  # of a side, which is 2 long
+    shift = torch.rand(len(x), 2, 1, device=x.device) * 0.4 - 0.2  # a side is 2 long
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     matrix = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
     if flip:
@@ -724,6 +724,15 @@ def choose_device(name):
     return name
 
 
+def device_name(device):
+    """The name of the GPU or CPU, for results.json; where it is not known, the device's."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 or newer
+        return torch.cpu.get_capabilities().get("cpu_name", device)
+    return device
+
+
 def choose_precision(name, device):
     """"auto" -> bf16 on GPUs and CPUs that have it, fp16 on older GPUs, else fp32."""
     cuda = device.startswith("cuda:") or device == "cuda"
@@ -1071,8 +1080,8 @@ def palette_colours(path):
 
 
 def check_png(path):
-    """ValueError if the pixels of a PNG end early, which Pillow does not say."""
-    content = path.read_bytes()
+    """Raise ValueError if a PNG holds fewer pixels than its header says; Pillow would not."""
+    content = path.read_bytes()  # the header: width, height, bits, kind of colour, interlacing
     width, height = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
     depth, colour, interlaced = content[24], content[25], content[28]
     packed, start = b"", 8
@@ -1081,8 +1090,8 @@ def check_png(path):
         if content[start + 4:start + 8] == b"IDAT":
             packed += content[start + 8:start + 8 + length]
         start += length + 12
-    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]  # of a pixel
-    row = 1 + math.ceil(width * bits / 8)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]  # of a pixel: 3 channels, say
+    row = 1 + math.ceil(width * bits / 8)  # bytes; the first one names the row's filter
     if not interlaced and len(zlib.decompress(packed)) < height * row:
         raise ValueError("its pixels end early")
 
@@ -1291,7 +1300,7 @@ def write_cache(path, tensors):
 
 
 def remove_leftovers(folder):
-    """Delete what runs that were killed a day ago, or earlier, left half written in the cache."""
+    """Delete half-written files and folders of the cache that are older than a day."""
     for path in folder.glob("building-*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > 86400:
@@ -1511,20 +1520,20 @@ def column_squares(mask):
 def nearest_squares(columns, slices, z, y, x):
     """Squared distance from the points (z, y[i], x[i]) of one slice to the nearest target: (N,).
 
-    columns: column_squares of the `slices`, numbers, that hold a target. They are searched from z
-    outwards, each for the points to which it can be nearer than those before.
+    slices: the numbers of the slices that hold targets; columns: their column_squares. Slices are
+    visited by their distance from z. A point is done when no slice that is left can be nearer.
     """
     every_x = np.arange(columns.shape[2])
     nearest = np.full(len(y), np.inf)
     searched = np.arange(len(y))
     for k in np.argsort(abs(slices - z), kind="stable"):
-        depth = (slices[k] - z) ** 2
-        searched = searched[nearest[searched] > depth]
+        square = (slices[k] - z) ** 2
+        searched = searched[nearest[searched] > square]
         if len(searched) == 0:
             break
         in_rows = columns[k, y[searched]]  # (N, W)
         in_slice = (in_rows + (x[searched, None] - every_x) ** 2).min(1)
-        nearest[searched] = np.minimum(nearest[searched], in_slice + depth)
+        nearest[searched] = np.minimum(nearest[searched], in_slice + square)
     return nearest
 
 
@@ -1553,6 +1562,7 @@ def distances_to(target, points):
 # --- Run: folder, log, checkpoints, resume, results -----------------------------------------------
 
 LOG_EVERY = 20  # steps in a row of log.csv
+LABELED_ONLY_DICE, ALL_LABELS_DICE = 76.5, 87.6  # on the phantom, from tests/results/phantom.csv
 
 
 def digest(names):
@@ -1808,16 +1818,13 @@ class Run:
             load_weights(networks, state, self.folder / "best.pt")
             best, best_step = evaluate(self.predict, networks, data, "test"), state["step"]
         headline = {metric: last[self.headline][metric] for metric in METRICS}
-        device = args.device
-        if device.startswith("cuda"):
-            device = torch.cuda.get_device_name(device)
         volumes = data.volumes("test")
         results = {
             "file": self.file, "method": self.method, "dataset": data.name,
             "labeled": self.labeled, "seed": args.seed, "options": args.options,
             "args": vars(args), "split": {part: digest(self.split[part]) for part in self.split},
             "headline": {"network": self.headline, **headline}, "best_step": best_step,
-            "seconds": round(time.time() - self.start), "device": device,
+            "seconds": round(time.time() - self.start), "device": device_name(args.device),
             "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
             "units": {volume: data.items[i[0]].unit for volume, i in volumes.items()},
             "networks": {name: {"last": last[name], "best": best[name]} for name in last}}
@@ -1826,7 +1833,7 @@ class Run:
         return results | {"folder": str(self.folder)}
 
     def write_preview(self):
-        """preview.png: some validation images, truth, what each network says, method's pictures."""
+        """Write preview.png: images, true masks, predictions, and the method's own pictures."""
         chosen = examples(self.data, "val")
         x = self.data.load_images(chosen)
         y = self.data.load_labels(chosen)
@@ -1876,6 +1883,10 @@ class Run:
             if empty["truth"] > 0:
                 words += f"; found in {empty['truth']} of {plural(absent, what)} without it"
             print(words)
+        if data.name == "phantom-64" and self.labeled == "10%":
+            if not set(SETTINGS) & set(self.args.options):
+                print("for comparison, means of three seeds (README, Results): labelled images "
+                      f"alone {LABELED_ONLY_DICE:.1f}, all labels {ALL_LABELS_DICE:.1f}")
         print(f"results.json, preview.png, log.csv, last.pt and best.pt are in {self.folder}")
 
 
@@ -1938,7 +1949,10 @@ def load_run(path, device="cpu"):
     if not (file.isidentifier() and Path(__file__).with_name(f"{file}.py").exists()):
         stop(f"run: {path} was made by {file}.py, which is not here.")
     method = importlib.import_module(file)
-    built = method.build(state["channels"], state["classes"], state["width"])
+    try:
+        built = method.build(state["channels"], state["classes"], state["width"])
+    except (RuntimeError, TypeError, ValueError) as error:  # numbers that build no network
+        stop(f"run: {path} cannot be used: its networks cannot be built ({error}).")
     networks = {name: built[name] for name in state["networks"] if name in built}
     load_weights(networks, state, path)
     for network in networks.values():
@@ -2001,7 +2015,7 @@ def overlay(x, labels):
 
 def heat(title, values):
     """Maps (B, H, W), 0 or larger -> a column for save_sheet: {title and maximum: grey images}."""
-    largest = values.max().clamp_min(1e-8)
+    largest = values.max().clamp_min(1e-8).item()
     return {f"{title}\nwhite: {largest:.2g}": (values / largest)[:, None]}
 
 
@@ -2041,7 +2055,7 @@ def save_sheet(path, columns, names, captions):
         xy = (4 + i * (TILE + 2), 3)
         ImageDraw.Draw(sheet).text(xy, title, "black", ImageFont.load_default(13))
     for i, caption in enumerate(captions):
-        xy = (5, 40 + i * (TILE + 2))
+        xy = (5, 44 + i * (TILE + 2))
         ImageDraw.Draw(sheet).text(xy, caption, "white", ImageFont.load_default(11),
                                    stroke_width=2, stroke_fill="black")
     write_aside(path, sheet, write_png)
@@ -2240,7 +2254,7 @@ def write_prediction(run, image, labels, name, out):
 
 
 def predict_images(args):
-    """Segment images with a run's network: masks of class numbers at each image's size, overlays.
+    """Segment images with a run's network; write masks (class numbers) and overlays at their size.
 
     Files that cannot be read are named and skipped; the exit status is then 1.
     """
@@ -2274,7 +2288,7 @@ def predict_images(args):
             bad += problems
             for path, image in arrays.items():
                 labels = segment(run, image, network)
-                if bar.n == 0:  # before the first mask
+                if bar.n == 0:  # before the first mask, so that a stopped run's are known, too
                     write_aside(mark, "\n".join([*written, *files]), write_text)
                 write_prediction(run, image, labels, path.stem, args.out)
                 bar.update()
@@ -2460,13 +2474,13 @@ def read_curves(folder):
 
 
 DIAGRAMS = {"val_dice": "validation Dice %", "agreement": "agreement: share of pixels",
-            "uncertainty": "uncertainty: mean entropy on unlabelled images"}
+            "uncertainty": "uncertainty: mean entropy on unlabelled images, where it is logged"}
 LINES = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
          "#bcbd22", "#17becf"]  # colours that can be seen on white
 
 
 def draw_diagram(sheet, top, title, curves):
-    """Draw curves, lists of (step, value) or empty, over steps into 640 x 220 pixels of a sheet."""
+    """Draw one diagram of curves, [(step, value)] each, 640 x 220 pixels, from `top` of a sheet."""
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     left, right, upper, lower = 50, 620, top + 24, top + 190
     points = np.array([point for curve in curves for point in curve])
@@ -2489,7 +2503,7 @@ def draw_diagram(sheet, top, title, curves):
 
 
 def draw_curves(runs, path):
-    """A PNG of what {name: its curves} logged over the steps: validation Dice and two more."""
+    """Draw {run: its curves} into a PNG: validation Dice, agreement and uncertainty over steps."""
     shown = {}  # {column: a curve for each run}
     for column in DIAGRAMS:
         curves = [run.get(column, []) for run in runs.values()]

@@ -539,6 +539,16 @@ FOR_PREDICT = ["file", "method", "step", "headline", "predict", "size", "width",
                "classes", "class_names", "networks"]
 
 
+@pytest.mark.parametrize("changes", [
+    {"channels": -1}, {"classes": -2}, {"width": -4}, {"width": "4"}, {"classes": None},
+    {"width": 10**12}], ids=str)
+def test_predict_with_numbers_that_build_no_network(run, everyone, tmp_path, capsys, changes):
+    change_checkpoint(run, **changes)
+    words = ["--run", run, "--images", everyone / "set", "--out", tmp_path / "out"]
+    message = stopped(capsys, common.main, "predict", *words, "--device", "cpu")
+    assert f"{run / 'last.pt'} cannot be used" in message and len(message) < 600
+
+
 @pytest.mark.parametrize("key", FOR_RESUME)
 def test_resume_of_a_checkpoint_that_lacks_something(run, capsys, key):
     change_checkpoint(run, without=key)
@@ -687,7 +697,7 @@ def test_a_datasets_name_leads_nothing_out_of_the_folder(tmp_path, name):
     [row] = compare(tmp_path / "out", folder)
     assert row["dataset"] == name
     files = sorted(path.name for path in (tmp_path / "out").rglob("*"))
-    assert files == ["comparison.csv", "comparison.md"]
+    assert files == ["comparison.csv", "comparison.md", "comparison.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
@@ -945,7 +955,8 @@ def test_four_digit_distances_do_not_run_together(options, tmp_path, capsys):
 def test_results_say_when_where_and_how_long(finished):
     results = json.loads((finished / "results.json").read_text())
     assert 0 <= results["seconds"] < 60 and results["torch"] == torch.__version__
-    assert re.fullmatch(r"20\d\d-\d\d-\d\d", results["date"]) and results["device"] == "cpu"
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", results["date"]) and results["device"]
+    assert results["device"] == common.device_name("cpu")
 
 
 def test_the_cache_is_named_when_something_is_put_there(make_dataset, options, tmp_path, capsys):
