@@ -684,6 +684,28 @@ def fill_defaults(parser, args):
             setattr(args, option, str(Path(value).resolve()))
 
 
+def check_saved(parser, saved, path):
+    """Stops if args.json holds a value that its option cannot have: the words are parsed again."""
+    options = parser.format_help()
+    words = []
+    for option, value in saved.items():
+        word = "--" + option.replace("_", "-")
+        if option == "options" or value is None:
+            continue
+        if value is True:
+            words.append(word)
+        elif value is not False:
+            words.append(f"{word}={value}")
+        elif f"--no-{word[2:]}" in options:
+            words.append(f"--no-{word[2:]}")
+    parsed = vars(parser.parse_args(words))
+    filled_in = {"data", "size", "width", "steps", "val_every"}  # by fill_defaults
+    for option, value in parsed.items():
+        if value != saved[option] or (value is None and option in filled_in):
+            stop(f"--resume: {path} is damaged: {option} is {str(saved[option])[:40]!r}. Start a new "
+                 "run.")
+
+
 def load_args(parser, argv, run):
     """--resume RUN: that run's options; of those typed beside it device and precision count."""
     path = Path(run, "args.json")
@@ -695,6 +717,7 @@ def load_args(parser, argv, run):
     args = parser.parse_args(argv, args)  # options that are not typed stay as they are
     if set(vars(args)) != set(saved):
         stop(f"--resume {run} has other options than this file. Resume it with its own.")
+    check_saved(parser, saved, path)
     for option, value in vars(args).items():
         if option in PATHS and value is not None and os.path.exists(value):
             value = str(Path(value).resolve())

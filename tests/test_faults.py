@@ -549,6 +549,17 @@ def test_predict_with_numbers_that_build_no_network(run, everyone, tmp_path, cap
     assert f"{run / 'last.pt'} cannot be used" in message and len(message) < 600
 
 
+@pytest.mark.parametrize("changes", [
+    {"width": -4}, {"width": None}, {"width": "4"}, {"size": 32.5}, {"data": True}, {"data": 5},
+    {"data": None}, {"labeled": False}, {"flip": "yes"}, {"seed": [1]}, {"lr": {}},
+    {"val_every": 0}, {"device": None}, {"cache": 3}], ids=str)
+def test_resume_of_options_that_are_damaged(run, capsys, changes):
+    path = run / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    message = stopped(capsys, mean_teacher.main, "--resume", run)
+    assert next(iter(changes)).replace("_", "-") in message.replace("_", "-")
+
+
 @pytest.mark.parametrize("key", FOR_RESUME)
 def test_resume_of_a_checkpoint_that_lacks_something(run, capsys, key):
     change_checkpoint(run, without=key)
