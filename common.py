@@ -702,8 +702,8 @@ def check_saved(parser, saved, path):
     filled_in = {"data", "size", "width", "steps", "val_every"}  # by fill_defaults
     for option, value in parsed.items():
         if value != saved[option] or (value is None and option in filled_in):
-            stop(f"--resume: {path} is damaged: {option} is {str(saved[option])[:40]!r}. Start a new "
-                 "run.")
+            stop(f"--resume: {path} is damaged: {option} is {str(saved[option])[:40]!r}. Start "
+                 "anew.")
 
 
 def load_args(parser, argv, run):
