@@ -406,8 +406,10 @@ def pictures(networks, x, softmax):
         coarse, fine = multi[1].softmax(1), multi[3].softmax(1)
     target = multi_label_target(clean.argmax(1), *coarse.shape[1:3])
     size = x.shape[2:]
-    return {"labels, cells of 8": paint(target, size), "heads, cells of 8": paint(coarse, size),
-            "heads, cells of 2": paint(fine, size)}
+    colours = "1 red, 2 green, 3 blue"
+    return {f"labels, cells of 8\n{colours}": paint(target, size),
+            f"heads, cells of 8\n{colours}": paint(coarse, size),
+            f"heads, cells of 2\n{colours}": paint(fine, size)}
 
 
 def main(argv=None):
