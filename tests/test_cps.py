@@ -48,10 +48,12 @@ def test_eq1_cps_loss_gradient():
         torch.testing.assert_close(logits.grad, (logits.detach().softmax(1) - onehot) / 4)
 
 
-def test_eq2_cutmix_mask_naive_loop():
+# Checks of the CutMix equations, which cps.py and ucmt.py both have; method: one of these modules.
+
+def check_cutmix_mask_naive_loop(method):
     """The same random numbers, box by box and pixel by pixel."""
     torch.manual_seed(3)
-    mask = cps.cutmix_mask(2, 24, 16, 3, (0.25, 0.5), "cpu")
+    mask = method.cutmix_mask(2, 24, 16, 3, (0.25, 0.5), "cpu")
     torch.manual_seed(3)
     share = torch.empty(2, 1).uniform_(0.25, 0.5)
     aspect, top, left = torch.empty(2, 3).uniform_(-0.5, 0.5), torch.rand(2, 3), torch.rand(2, 3)
@@ -69,28 +71,28 @@ def test_eq2_cutmix_mask_naive_loop():
     assert torch.equal(mask, expected) and mask.any()
 
 
-def test_eq2_cutmix_mask_area():
+def check_cutmix_mask_area(method):
     torch.manual_seed(0)
-    one = cps.cutmix_mask(200, 64, 64, 1, (0.25, 0.5), "cpu").float().mean((1, 2))
+    one = method.cutmix_mask(200, 64, 64, 1, (0.25, 0.5), "cpu").float().mean((1, 2))
     assert 0.22 < one.min() < 0.3 and 0.45 < one.max() < 0.53  # one box: the share that was drawn
-    three = cps.cutmix_mask(200, 64, 64, 3, (0.25, 0.5), "cpu").float().mean((1, 2))
+    three = method.cutmix_mask(200, 64, 64, 3, (0.25, 0.5), "cpu").float().mean((1, 2))
     assert three.max() < 0.53 and 0.2 < three.mean() < 0.375  # overlap makes the union smaller
     assert len(set(three.tolist())) > 100  # another mask for each image
 
 
-def test_eq3_cutmix_by_hand():
+def check_cutmix_by_hand(method):
     x = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 2, 2, 2)  # image b holds b everywhere
     mask = torch.tensor([[True, False], [False, False]]).expand(3, 2, 2)
-    mixed = cps.cutmix(x, mask)
+    mixed = method.cutmix(x, mask)
     assert mixed[:, 0, 0, 0].tolist() == [2, 0, 1] and mixed[:, 1, 1, 1].tolist() == [0, 1, 2]
-    labels = cps.cutmix(x[:, 0].long(), mask)
+    labels = method.cutmix(x[:, 0].long(), mask)
     assert torch.equal(labels, mixed[:, 0].long())  # image and label map stay aligned
-    assert torch.equal(cps.cutmix(x, mask & False), x)
+    assert torch.equal(method.cutmix(x, mask & False), x)
 
 
-def test_eq3_cutmix_naive_loop():
+def check_cutmix_naive_loop(method):
     x, mask = torch.rand(4, 2, 5, 6), torch.rand(4, 5, 6) < 0.5
-    mixed = cps.cutmix(x, mask)
+    mixed = method.cutmix(x, mask)
     for b in range(4):
         for i in range(5):
             for j in range(6):
@@ -98,6 +100,22 @@ def test_eq3_cutmix_naive_loop():
                 if mask[b, i, j]:
                     source = (b - 1) % 4
                 assert torch.equal(mixed[b, :, i, j], x[source, :, i, j])
+
+
+def test_eq2_cutmix_mask_naive_loop():
+    check_cutmix_mask_naive_loop(cps)
+
+
+def test_eq2_cutmix_mask_area():
+    check_cutmix_mask_area(cps)
+
+
+def test_eq3_cutmix_by_hand():
+    check_cutmix_by_hand(cps)
+
+
+def test_eq3_cutmix_naive_loop():
+    check_cutmix_naive_loop(cps)
 
 
 @pytest.mark.parametrize("more, lam", [

@@ -6,6 +6,12 @@ import pytest
 import torch
 from conftest import last_of
 from make_traces import rows_of
+from test_cps import (
+    check_cutmix_by_hand,
+    check_cutmix_mask_area,
+    check_cutmix_mask_naive_loop,
+    check_cutmix_naive_loop,
+)
 
 import ucmt
 from common import UNet
@@ -178,55 +184,19 @@ def test_eq5_umix_gradient_goes_to_the_patch_that_is_shown():
 
 
 def test_eq6_cutmix_mask_naive_loop():
-    """The same random numbers, box by box and pixel by pixel."""
-    torch.manual_seed(3)
-    mask = ucmt.cutmix_mask(2, 24, 16, 3, (0.25, 0.5), "cpu")
-    torch.manual_seed(3)
-    share = torch.empty(2, 1).uniform_(0.25, 0.5)
-    aspect, top, left = torch.empty(2, 3).uniform_(-0.5, 0.5), torch.rand(2, 3), torch.rand(2, 3)
-    expected = torch.zeros(2, 24, 16, dtype=torch.bool)
-    for b in range(2):
-        for k in range(3):
-            side = math.sqrt(share[b].item() / 3)
-            h = min(24, 24 * side * math.exp(aspect[b, k]))
-            w = min(16, 16 * side * math.exp(-aspect[b, k]))
-            y0, x0 = top[b, k].item() * (24 - h), left[b, k].item() * (16 - w)
-            for i in range(24):
-                for j in range(16):
-                    if y0 <= i + 0.5 < y0 + h and x0 <= j + 0.5 < x0 + w:
-                        expected[b, i, j] = True
-    assert torch.equal(mask, expected) and mask.any()
+    check_cutmix_mask_naive_loop(ucmt)
 
 
 def test_eq6_cutmix_mask_area():
-    torch.manual_seed(0)
-    one = ucmt.cutmix_mask(200, 64, 64, 1, (0.25, 0.5), "cpu").float().mean((1, 2))
-    assert 0.22 < one.min() < 0.3 and 0.45 < one.max() < 0.53  # one box: the share that was drawn
-    three = ucmt.cutmix_mask(200, 64, 64, 3, (0.25, 0.5), "cpu").float().mean((1, 2))
-    assert three.max() < 0.53 and 0.2 < three.mean() < 0.375  # overlap makes the union smaller
-    assert len(set(three.tolist())) > 100  # another mask for each image
+    check_cutmix_mask_area(ucmt)
 
 
 def test_eq7_cutmix_by_hand():
-    x = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 2, 2, 2)  # image b holds b everywhere
-    mask = torch.tensor([[True, False], [False, False]]).expand(3, 2, 2)
-    mixed = ucmt.cutmix(x, mask)
-    assert mixed[:, 0, 0, 0].tolist() == [2, 0, 1] and mixed[:, 1, 1, 1].tolist() == [0, 1, 2]
-    labels = ucmt.cutmix(x[:, 0].long(), mask)
-    assert torch.equal(labels, mixed[:, 0].long())  # image and label map stay aligned
-    assert torch.equal(ucmt.cutmix(x, mask & False), x)
+    check_cutmix_by_hand(ucmt)
 
 
 def test_eq7_cutmix_naive_loop():
-    x, mask = torch.rand(4, 2, 5, 6), torch.rand(4, 5, 6) < 0.5
-    mixed = ucmt.cutmix(x, mask)
-    for b in range(4):
-        for i in range(5):
-            for j in range(6):
-                source = b
-                if mask[b, i, j]:
-                    source = (b - 1) % 4
-                assert torch.equal(mixed[b, :, i, j], x[source, :, i, j])
+    check_cutmix_naive_loop(ucmt)
 
 
 def test_eq8_ema_decay():
