@@ -747,12 +747,19 @@ def choose_device(name):
     return name
 
 
+def cpu_capabilities():
+    """What the CPU has in hardware, and its name: {"avx2": True, ...}; {} before torch 2.9."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {}
+
+
 def device_name(device):
     """The name of the GPU or CPU, for results.json; where it is not known, the device's."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 or newer
-        return torch.cpu.get_capabilities().get("cpu_name", device)
+    if device == "cpu":
+        return cpu_capabilities().get("cpu_name", device)
     return device
 
 
@@ -763,8 +770,8 @@ def choose_precision(name, device):
         stop(f"--precision fp16 needs a CUDA GPU, the device is {device}. Use fp32.")
     if name != "auto":
         return name
-    if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 or newer
-        has = torch.cpu.get_capabilities()
+    if device == "cpu":
+        has = cpu_capabilities()
         if has.get("avx512_bf16") or has.get("amx_bf16"):  # 0.6 of the time of fp32
             return "bf16"
     if not cuda:
@@ -2293,9 +2300,9 @@ def predict_images(args):
     if not files:
         stop(f"--images {args.images}: no images there. Expected files {' '.join(ENDINGS)}.")
     mark = args.out / "predicted.txt"  # the names of the masks that predict wrote
-    written = []
+    written = set()
     if mark.exists():
-        written = mark.read_text("utf-8", "replace").splitlines()
+        written = set(mark.read_text("utf-8", "replace").splitlines())
     for path in sorted(args.out.glob("masks/*")):
         if path.stem not in written:
             stop(f"--out {args.out}: predict did not write {path.name} in its masks. Name another "
@@ -2312,7 +2319,7 @@ def predict_images(args):
             for path, image in arrays.items():
                 labels = segment(run, image, network)
                 if bar.n == 0:  # before the first mask, so that a stopped run's are known, too
-                    write_aside(mark, "\n".join([*written, *files]), write_text)
+                    write_aside(mark, "\n".join(sorted(written | set(files))), write_text)
                 write_prediction(run, image, labels, path.stem, args.out)
                 bar.update()
     print(f"{len(files) - len(bad)} of {len(files)} images segmented by {network} of {args.run}, "
@@ -2403,12 +2410,23 @@ def mean_dice(dice):
         return np.nanmean(np.nanmean(np.nanmean(dice, 1), 1))
 
 
-def gain_of(runs, base):
-    """Gain in Dice of runs over labelled-only runs: "+1.23 (+0.45 to +2.01)".
+def bootstrap_gain(ours, theirs, groups):
+    """Gain in Dice of ours over theirs (seeds, volumes, classes), and its 95% interval: 3 numbers.
 
-    In brackets the 95% interval of a paired bootstrap over test units: 2000 times as many units as
+    A paired bootstrap over test units, groups of places of volumes: 2000 times as many units as
     there are, drawn with repetition, each with all its volumes.
     """
+    rng, gains = np.random.default_rng(0), []
+    for _ in range(2000):
+        drawn = rng.integers(len(groups), size=len(groups))
+        volumes = np.concatenate([groups[k] for k in drawn])
+        gains.append(mean_dice(ours[:, volumes]) - mean_dice(theirs[:, volumes]))
+    gain = mean_dice(ours) - mean_dice(theirs)
+    return gain, *np.nanpercentile(gains, [2.5, 97.5])
+
+
+def gain_of(runs, base):
+    """Gain in Dice of runs over labelled-only runs, and its interval: "+1.23 (+0.45 to +2.01)"."""
     unit_of = runs[0]["units"]
     volumes_of = {}  # {unit: places of its volumes}
     for place, volume in enumerate(sorted(unit_of)):
@@ -2416,13 +2434,7 @@ def gain_of(runs, base):
     groups = [np.array(places) for places in volumes_of.values()]
     ours = np.stack([dice_by_volume(run) for run in runs])  # (seeds, volumes, classes)
     theirs = np.stack([dice_by_volume(run) for run in base])
-    rng, gains = np.random.default_rng(0), []
-    for _ in range(2000):
-        drawn = rng.integers(len(groups), size=len(groups))
-        volumes = np.concatenate([groups[k] for k in drawn])
-        gains.append(mean_dice(ours[:, volumes]) - mean_dice(theirs[:, volumes]))
-    gain = mean_dice(ours) - mean_dice(theirs)
-    low, high = np.nanpercentile(gains, [2.5, 97.5])
+    gain, low, high = bootstrap_gain(ours, theirs, groups)
     return f"{gain:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
@@ -2473,8 +2485,8 @@ def compare_runs(folders, out):
         seeds = " ".join(str(run["seed"]) for run in row)
         table.append([dataset, labeled, name, seeds, *cells, gain])
     write_table(table, out)
-    draw_curves({run["folder"].name: read_curves(run["folder"]) for run in runs},
-                out / "comparison.png")
+    curves = [(run["folder"].name, read_curves(run["folder"])) for run in runs]
+    draw_curves(curves, out / "comparison.png")
     print(f"comparison.md, comparison.csv and comparison.png, the curves, are in {out}")
 
 
@@ -2526,16 +2538,16 @@ def draw_diagram(sheet, top, title, curves):
 
 
 def draw_curves(runs, path):
-    """Draw {run: its curves} into a PNG: validation Dice, agreement and uncertainty over steps."""
+    """Draw [(run's name, its curves)] into a PNG: validation Dice and two more over steps."""
     shown = {}  # {column: a curve for each run}
     for column in DIAGRAMS:
-        curves = [run.get(column, []) for run in runs.values()]
+        curves = [run.get(column, []) for _, run in runs]
         if any(curves):
             shown[column] = curves
     sheet = Image.new("RGB", (640, 220 * len(shown) + 16 * len(runs) + 8), "white")
     for i, (column, curves) in enumerate(shown.items()):
         draw_diagram(sheet, 220 * i, DIAGRAMS[column], curves)
-    for i, name in enumerate(runs):
+    for i, (name, _) in enumerate(runs):
         xy = (50, 220 * len(shown) + 16 * i)
         ImageDraw.Draw(sheet).text(xy, name, LINES[i % len(LINES)], ImageFont.load_default(12))
     write_aside(path, sheet, write_png)

@@ -425,14 +425,16 @@ def main(argv=None):
         help="20%%, say, of the units whose masks are hidden get boxes, computed from these masks")
     add("--tags", metavar="SPEC", help="30%%, say, of them get image-level labels")
     args = parse(options, argv)
-    if args.variant in ("deep", "nearest", "mlds") and (args.boxes or args.tags):
+    deep = args.variant in ("deep", "nearest")
+    labeled_only = deep or args.variant == "mlds"
+    if labeled_only and (args.boxes or args.tags):
         stop(f"--variant {args.variant} uses labelled images alone; --boxes and --tags are for "
              "self and mean. Leave one of them out.")
 
     # data, networks, optimizer, run
     data = Data(args)
     weight = args.weight
-    if args.variant in ("deep", "nearest", "mlds"):  # labelled images alone, by an empty batch
+    if labeled_only:  # labelled images alone, by an empty batch
         data.unlabeled_batch, weight = 0, 0.0
     maps = allowed_maps(data, args.boxes, args.tags)
     torch.manual_seed(args.seed)
@@ -445,7 +447,7 @@ def main(argv=None):
     student, labeler = networks["student"], networks[headline]
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
     autocast, scaler = mixed_precision(args)
-    show = partial(pictures, softmax=args.variant in ("deep", "nearest"))
+    show = partial(pictures, softmax=deep)
     run = Run(__file__, args, data, networks, [optimizer, scaler], predict, headline, show)
 
     for step in run.steps():
@@ -464,7 +466,7 @@ def main(argv=None):
             logits_l, multi_l = student(x_ls)
             logits_u, multi_u = student(x_us)
         loss_sup = supervised_loss(logits_l, y_l)
-        if args.variant in ("deep", "nearest"):
+        if deep:
             loss_mlds = deep_loss(multi_l, y_l, nearest=args.variant == "nearest")  # L_deep
         else:
             loss_mlds = mlds_loss(multi_l, y_l)

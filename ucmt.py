@@ -238,13 +238,12 @@ def pictures(networks, x, grid, k, mix):
     probs = predict(networks, x)
     u_1 = uncertainty(probs["student 1"], probs["teacher"], grid)
     u_2 = uncertainty(probs["student 2"], probs["teacher"], grid)
-    pixel = torch.arange(x[:, 0].numel(), device=x.device).view(-1, *x.shape[2:])
-    overwritten = umix(pixel, u_1, u_2, k) != pixel
-    mixed = umix(x, u_1, u_2, k)
-    u_1, u_2 = F.interpolate(torch.stack([u_1, u_2]), x.shape[2:])  # (B, H, W) each
-    columns = heat("uncertainty 1", u_1) | heat("uncertainty 2", u_2)
+    large_1, large_2 = F.interpolate(torch.stack([u_1, u_2]), x.shape[2:])  # (B, H, W) each
+    columns = heat("uncertainty 1", large_1) | heat("uncertainty 2", large_2)
     if mix == "umix":
-        columns["UMIX, patches"] = overlay(mixed, overwritten.long())
+        pixel = torch.arange(x[:, 0].numel(), device=x.device).view(-1, *x.shape[2:])
+        overwritten = umix(pixel, u_1, u_2, k) != pixel
+        columns["UMIX, patches"] = overlay(umix(x, u_1, u_2, k), overwritten.long())
     elif mix == "cutmix":
         mask = cutmix_mask(len(x), *x.shape[2:], BOXES, AREA, x.device)
         columns["CutMix image"] = cutmix(x, mask)
@@ -321,14 +320,14 @@ def main(argv=None):
         # 6 teacher
         ema_update(teacher, student_1, student_2, args.teacher_mix, ema_decay(step, EMA_DECAY))
 
-        # UMIX: the next step's batch
+        # UMIX or CutMix: the next step's batch
         if step % 2 == 0 and args.mix == "umix":
             u_1, u_2 = uncertainty(probs_1, probs_t, grid), uncertainty(probs_2, probs_t, grid)
             x_u = umix(x_u, u_1, u_2, k)
             if args.mix_labeled:
-                u_1 = uncertainty(logits_l1.softmax(1), probs_lt, grid)
-                u_2 = uncertainty(logits_l2.softmax(1), probs_lt, grid)
-                x_l, y_l = umix(x_l, u_1, u_2, k), umix(y_l, u_1, u_2, k)
+                u_l1 = uncertainty(logits_l1.softmax(1), probs_lt, grid)
+                u_l2 = uncertainty(logits_l2.softmax(1), probs_lt, grid)
+                x_l, y_l = umix(x_l, u_l1, u_l2, k), umix(y_l, u_l1, u_l2, k)
         elif step % 2 == 0 and args.mix == "cutmix":
             x_u = cutmix(x_u, cutmix_mask(len(x_u), *x_u.shape[2:], BOXES, AREA, x_u.device))
             if args.mix_labeled:

@@ -782,3 +782,16 @@ def test_compare_without_a_log_says_so_and_draws_the_others(tmp_path, capsys, te
     picture = picture_of(tmp_path, text, "step,val_dice\n40,50\n80,60\n")
     assert "run0: its log.csv is not drawn" in capsys.readouterr().out
     assert len(places_of(picture[:220], 1)[0]) > 100 and not len(places_of(picture[:220], 0)[0])
+
+
+def test_compare_draws_runs_of_one_folder_name_apart(tmp_path):
+    """The same method on two datasets: its folders have one name."""
+    folders = []
+    for dataset in ("hearts", "lungs"):
+        folders.append(fake_run(tmp_path / dataset / "run", "cps", 0, [[50.0]], dataset=dataset))
+        (folders[-1] / "log.csv").write_text("step,val_dice\n40,50\n80,60\n")
+    (folders[1] / "log.csv").write_text("step,val_dice\n40,60\n80,50\n")
+    compare(tmp_path / "out", *folders)
+    picture = np.array(Image.open(tmp_path / "out" / "comparison.png"))
+    assert picture.shape[0] == 220 + 16 * 2 + 8
+    assert len(places_of(picture[:220], 0)[0]) > 100 and len(places_of(picture[:220], 1)[0]) > 100

@@ -1,7 +1,7 @@
 """The runs behind the README's tables, and the tables:
 
     python tests/tools/benchmark.py phantom --seeds 0 1 2
-    python tests/tools/benchmark.py acdc3 --data ../shared/data/acdc --rows labelled-only cps
+    python tests/tools/benchmark.py acdc3 --data ../shared/data/acdc --rows labelled-only CPS
     python tests/tools/benchmark.py tables
 
 Runs each row with each seed, two at a time on one thread each. A finished run is left as it is, an
@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,18 +54,9 @@ COLUMNS += ["dice_by_unit"]  # of the last checkpoint, for intervals
 
 def machine():
     """The processor's name, with what it has in hardware for neural networks."""
-    words = [platform.processor() or platform.machine()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return words[0]
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            words = [value.strip()]
-        if name.strip() == "flags":
-            words += [flag for flag in ("avx2", "avx512f", "avx512_bf16") if flag in value.split()]
-            break
+    has = common.cpu_capabilities()
+    words = [common.device_name("cpu")]
+    words += [name for name in ("avx2", "avx512_f", "avx512_bf16") if has.get(name)]
     return " ".join(words)
 
 
@@ -164,24 +154,24 @@ def collect(name, out):
     write_csv(RESULTS / f"{name}.csv", sorted(lines, key=order))
 
 
-def gain_of(lines, base):
-    """Gain in Dice over the base with a 95% interval, of the seeds that both have.
-
-    As common.gain_of: a paired bootstrap over the test units, here of each unit's mean Dice.
-    """
-    base_of = {line["seed"]: line["dice_by_unit"].split() for line in base}
-    differences = []  # (seeds, units)
+def dice_of(lines):
+    """Lines of some seeds -> Dice (seeds, units, 1), of each unit the mean."""
+    rows = []
     for line in lines:
-        if line["seed"] in base_of:
-            pairs = zip(line["dice_by_unit"].split(), base_of[line["seed"]], strict=True)
-            differences.append([float(one.rpartition(":")[2]) - float(two.rpartition(":")[2])
-                                for one, two in pairs])
-    if not differences:
+        rows.append([[float(word.rpartition(":")[2])] for word in line["dice_by_unit"].split()])
+    return np.array(rows)
+
+
+def gain_of(lines, base):
+    """Gain in Dice over the base with its 95% interval, of the seeds that both have."""
+    base_of = {line["seed"]: line for line in base}
+    shared = [line for line in lines if line["seed"] in base_of]
+    if not shared:
         return ""
-    by_unit = np.mean(differences, 0)
-    drawn = np.random.default_rng(0).integers(len(by_unit), size=(2000, len(by_unit)))
-    low, high = np.percentile(by_unit[drawn].mean(1), [2.5, 97.5])
-    return f"{by_unit.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    ours, theirs = dice_of(shared), dice_of([base_of[line["seed"]] for line in shared])
+    units = np.arange(ours.shape[1])[:, None]  # a unit has one place
+    gain, low, high = common.bootstrap_gain(ours, theirs, units)
+    return f"{gain:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def table_of(name):
@@ -249,9 +239,12 @@ def main(argv=None):
     if args.set != "tables":
         jobs = [(row, seed) for seed in args.seeds for row in args.rows]
         with ThreadPoolExecutor(2) as two:
+            started = []
             for row, seed in jobs:
                 out = args.out.resolve() / args.set / f"{row}-seed{seed}"
-                two.submit(train, args.set, row, seed, args.data, out)
+                started.append(two.submit(train, args.set, row, seed, args.data, out))
+        for run in started:
+            run.result()  # raises what a thread raised
         collect(args.set, args.out.resolve())
     readme = ROOT / "README.md"
     common.write_aside(readme, tables_in(readme.read_text()), common.write_text)
