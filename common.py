@@ -659,7 +659,9 @@ def fill_defaults(parser, args):
         defaults = {"size": 64, "width": 16, "steps": 800}
     elif torch.device(choose_device(args.device)).type == "cpu":
         defaults = {"size": 96, "width": 16, "steps": 2000}
-        print("no GPU: small defaults, --size 96 --width 16 --steps 2000 (with one 256, 32, 10000)")
+        if None in (args.size, args.width, args.steps):
+            print("no GPU: small defaults, --size 96 --width 16 --steps 2000 (with one 256, 32, "
+                  "10000)")
     else:
         defaults = {"size": 256, "width": 32, "steps": 10000}
     options = {}

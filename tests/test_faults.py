@@ -825,6 +825,9 @@ def test_defaults_are_small_without_a_gpu_and_the_first_line_says_so(everyone, c
     assert chosen([*argv, "meta"]) == (256, 32, 10000)  # a device of torch that is no CPU
     assert "GPU" not in capsys.readouterr().out
     assert chosen([*argv, "cpu", "--steps", "50", "--size", "128"]) == (128, 16, 50)
+    assert "GPU" in capsys.readouterr().out  # for the width
+    chosen([*argv, "cpu", "--steps", "50", "--size", "128", "--width", "8"])
+    assert capsys.readouterr().out == ""  # nothing was left to choose
 
 
 def test_the_small_defaults_are_no_options_of_a_run(everyone):
