@@ -465,7 +465,7 @@ def test_a_checkpoint_imports_no_other_module(colour, tmp_path, capsys):
 # --- compare --------------------------------------------------------------------------------------
 
 GAIN = "gain in Dice (95% interval)"
-ARGS = {"size": 64, "width": 16, "steps": 800, "batch_size": 8, "unlabeled_batch": 8, "lr": 0.001,
+ARGS = {"size": 48, "width": 16, "steps": 800, "batch_size": 8, "unlabeled_batch": 8, "lr": 0.001,
         "flip": True, "rotation": 20.0, "precision": "fp32"}
 
 

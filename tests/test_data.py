@@ -579,7 +579,7 @@ def test_the_phantom_is_an_ordinary_folder_and_always_the_same(tmp_path, capsys)
     assert data.name == "phantom-16"
     assert files_in(Path(data.args.data)) == files_in(tmp_path / "mine")
     parts = {part: len(data.units(part)) for part in data.split}
-    assert parts == {"labeled": 3, "unlabeled": 27, "val": 6, "test": 12}
+    assert parts == {"labeled": 1, "unlabeled": 13, "val": 10, "test": 24}
     assert data.classes == 4 and len(data.items) == 384
     os.utime(data.args.data, (10**9, 10**9))
     data_of(argv)
@@ -589,7 +589,7 @@ def test_the_phantom_is_an_ordinary_folder_and_always_the_same(tmp_path, capsys)
 
 def test_the_phantom_is_drawn_in_seconds(tmp_path):
     start = time.perf_counter()
-    common.draw_phantom(tmp_path / "phantom", 64)
+    common.draw_phantom(tmp_path / "phantom", 48)
     assert time.perf_counter() - start < 4  # two seconds on a quiet machine
 
 

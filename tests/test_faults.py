@@ -1006,7 +1006,7 @@ def test_supervised_elsewhere_names_the_file_that_has_it(method, options, tmp_pa
 
 SHARED = {
     "--data": "the phantom", "--labeled": "10% on the phantom",
-    "--size": "256; without a GPU 96; phantom: 64",
+    "--size": "256; without a GPU 96; phantom: 48",
     "--width": "32; without a GPU, or on the phantom, 16",
     "--steps": "10000; without a GPU 2000; phantom: 800", "--batch-size": "8",
     "--unlabeled-batch": "8", "--lr": "0.001", "--flip": "yes", "--rotation": "180.0",
