@@ -837,6 +837,25 @@ def test_the_small_defaults_are_no_options_of_a_run(everyone):
     assert parse(parser(""), [*argv, "--steps", "2000", "--size", "256"]).options == {"size": 256}
 
 
+def test_a_run_is_compared_with_the_table_if_it_has_its_settings(make_dataset, options, capsys):
+    run = run_of(options(data=make_dataset()))
+    run.args.options = {"weight": 2.0, "seed": 5}  # settings of a method are its own affair
+
+    def printed():
+        capsys.readouterr()
+        run.print_comparison()
+        return capsys.readouterr().out
+
+    assert printed() == ""  # another dataset
+    run.data.name, run.labeled = "phantom-48", "10%"
+    assert printed().startswith("for comparison")
+    for option in ("steps", "size", "lr", "split_seed"):  # split_seed: other patients are labelled
+        run.args.options = {option: 1}
+        assert printed() == ""
+    run.args.options, run.labeled = {}, "20%"
+    assert printed() == ""
+
+
 def test_a_run_says_how_long_it_takes(make_dataset, options, capsys):
     """After the first steps, a resumed one again; on stdout, so in a log too."""
     root = make_dataset()
