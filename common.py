@@ -2504,9 +2504,10 @@ def read_curves(folder):
         with open(folder / "log.csv", encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 for column, text in row.items():
-                    if text and math.isfinite(float(text)):
-                        point = int(row["step"]), float(text)
-                        curves.setdefault(column, []).append(point)
+                    value = float(text or "nan")
+                    unlogged = value == 0 and column in ("agreement", "uncertainty")  # no targets
+                    if math.isfinite(value) and not unlogged:
+                        curves.setdefault(column, []).append((int(row["step"]), value))
         if not curves:
             raise ValueError("no rows")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -776,6 +776,17 @@ def test_compare_draws_validation_dice_agreement_and_uncertainty(tmp_path):
     assert with_uncertainty.shape[0] == 220 + 16 + 8
 
 
+def test_compare_draws_no_agreement_and_uncertainty_of_steps_without_targets(tmp_path):
+    """Labelled-only runs and contrastive_st.py's stage 1 log 0; a validation Dice of 0 is one."""
+    without = "step,agreement,uncertainty,val_dice\n20,0,0,0\n40,0,0,20\n"
+    staged = "step,agreement,uncertainty,val_dice\n20,0,0,10\n40,0.8,0,30\n60,0.9,0,30\n"
+    picture = picture_of(tmp_path, without, staged)
+    assert picture.shape[0] == 220 * 2 + 16 * 2 + 8  # no uncertainty
+    assert places_of(picture[:220], 0)[1].min() < 240  # from step 20 of 60
+    assert not len(places_of(picture[220:440], 0)[0])
+    assert places_of(picture[220:440], 1)[1].min() > 400  # from step 40 of 60
+
+
 @pytest.mark.parametrize("text", [
     "garbage", "", "step,val_dice\nx,y\n", "step,val_dice\nnan,nan\n"])
 def test_compare_without_a_log_says_so_and_draws_the_others(tmp_path, capsys, text):
