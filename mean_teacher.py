@@ -45,7 +45,7 @@ Differences
                                          |                                      | (--seed 11)
     (Seed 1 of README's table starts     | --weight 1 beside 5, with seeds 10,  | 1: 79, 77, 77 Dice
     late: 12 Dice after 320 steps, where | 11 and 1.                            | 5: 79, 78, 70 †
-    seed 10 has 66.)                     |                                      |
+    labelled-only has 63.)               |                                      |
     The decay is 0.99, then 0.999.       | The decay is 0.99.                   | ?
     The first α is 1/2 (code).           | The first α is 0: the teacher        | ?
                                          | becomes a copy of the student.       |
