@@ -25,7 +25,11 @@ def test_tables_are_those_of_the_results():
         assert (benchmark.RESULTS / f"{name}.csv").exists() == (f"<!-- table {name} -->" in README)
 
 
-def test_what_stands_around_a_table_is_kept():
+def test_what_stands_around_a_table_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    line = {"row": benchmark.BASE, "seed": 0, "headline": "yes", "last_dice": 60, "last_hd95": 5,
+            "seconds": 120, "dice_by_unit": "a:60"}
+    benchmark.write_csv(tmp_path / "phantom.csv", [line])
     for old in ("", "| old |\n"):
         text = benchmark.tables_in(f"a\n<!-- table phantom -->\n{old}<!-- end -->\nb\n")
         assert text.startswith("a\n<!-- table phantom -->\n| test Dice |")
