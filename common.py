@@ -2504,9 +2504,11 @@ def read_curves(folder):
         with open(folder / "log.csv", encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 for column, text in row.items():
-                    value = float(text or "nan")
-                    unlogged = value == 0 and column in ("agreement", "uncertainty")  # no targets
-                    if math.isfinite(value) and not unlogged:
+                    if not text:  # not validated at this step
+                        continue
+                    value = float(text)
+                    no_targets = value == 0 and column in ("agreement", "uncertainty")
+                    if math.isfinite(value) and not no_targets:
                         curves.setdefault(column, []).append((int(row["step"]), value))
         if not curves:
             raise ValueError("no rows")

@@ -57,12 +57,12 @@ Differences
     statistics of its own (code).        | [ours]; in training it is normalised | mean_teacher.py
                                          | by its own batch.                    |
     L_s is Dice alone (code).            | CE + Dice, as in all six files; L_u  | L_u leaves islands
-                                         | is Dice alone, as there.             | (HD95 17 to 23 px
-                                         |                                      | where CPS has 9 to
-                                         |                                      | 12)
-    The rate is 1e-4, constant; ramp and | Poly decay; both count optimizer     | cosine 0.72 of a
-    EMA count batches (code).            | steps, two a batch.                  | batch's gradients,
-                                         |                                      | of others' 0.3
+                                         | is Dice alone, as there.             | (HD95 17 to 23 px,
+                                         |                                      | CPS's 9 to 12)
+    The rate is 1e-4, constant; ramp and | Poly decay; both count optimizer     | the gradients of
+    EMA count batches (code).            | steps, two a batch.                  | both are alike:
+                                         |                                      | cosine 0.72 (0.3
+                                         |                                      | of other batches)
     The checkpoint with the lowest       | The last one is reported.            | ?
     training loss is reported (code).    |                                      |
     The unlabelled batch is drawn from   | It holds no labelled image, unless   | ?

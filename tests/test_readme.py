@@ -25,11 +25,15 @@ def test_tables_are_those_of_the_results():
         assert (benchmark.RESULTS / f"{name}.csv").exists() == (f"<!-- table {name} -->" in README)
 
 
+def csv_line(row, seed, a, b):
+    """A results line: a run with these Dice of the units a and b."""
+    return {"row": row, "seed": seed, "headline": "yes", "last_dice": (a + b) / 2,
+            "last_hd95": 5, "seconds": 120, "dice_by_unit": f"a:{a} b:{b}"}
+
+
 def test_what_stands_around_a_table_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    line = {"row": benchmark.BASE, "seed": 0, "headline": "yes", "last_dice": 60, "last_hd95": 5,
-            "seconds": 120, "dice_by_unit": "a:60"}
-    benchmark.write_csv(tmp_path / "phantom.csv", [line])
+    benchmark.write_csv(tmp_path / "phantom.csv", [csv_line(benchmark.BASE, 0, 60, 61)])
     for old in ("", "| old |\n"):
         text = benchmark.tables_in(f"a\n<!-- table phantom -->\n{old}<!-- end -->\nb\n")
         assert text.startswith("a\n<!-- table phantom -->\n| test Dice |")
@@ -50,8 +54,7 @@ def test_a_table_with_a_seed_that_was_not_run_has_an_empty_cell(tmp_path, monkey
             ("CPS", 1): (72, 73), ("UCMT", 1): (62, 65)}  # Dice of the units a and b
     lines = []
     for (row, seed), (a, b) in runs.items():
-        lines.append({"row": row, "seed": seed, "headline": "yes", "last_dice": (a + b) / 2,
-                      "last_hd95": 5, "seconds": 120, "dice_by_unit": f"a:{a} b:{b}"})
+        lines.append(csv_line(row, seed, a, b))
     benchmark.write_csv(tmp_path / "phantom.csv", lines)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     titles, _, base, cps, ucmt = benchmark.table_of("phantom").splitlines()
