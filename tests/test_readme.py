@@ -49,6 +49,20 @@ def test_the_dice_that_a_run_names_for_comparison_is_that_of_the_table():
         assert len(dice) == 3 and abs(sum(dice) / 3 - value) < 0.05
 
 
+def test_a_real_set_takes_its_labelled_patients_from_its_folder(tmp_path, monkeypatch):
+    commands = []
+
+    def run(words, **options):
+        commands.append(words)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    benchmark.train("acdc3", "CPS", 0, tmp_path / "acdc", tmp_path / "out")
+    [words] = commands
+    assert words[words.index("--labeled") + 1] == str(tmp_path / "acdc" / "labeled_3.txt")
+    assert words[words.index("--data") + 1] == str(tmp_path / "acdc")
+
+
 def test_a_table_with_a_seed_that_was_not_run_has_an_empty_cell(tmp_path, monkeypatch):
     runs = {(benchmark.BASE, 0): (60, 61), (benchmark.BASE, 1): (62, 63), ("CPS", 0): (70, 71),
             ("CPS", 1): (72, 73), ("UCMT", 1): (62, 65)}  # Dice of the units a and b

@@ -40,10 +40,10 @@ ROWS = {  # row: file, its options, passes a step with gradient + others
     FULL: ("mean_teacher.py", ["--supervised", "--labeled", "100%"], "1 + 1"),
 }
 REAL = ["--size", "96", "--width", "16", "--steps", "3000"]
-SETS = {  # set: the options of its runs, but --data
+SETS = {  # set: the options of its runs, but --data; DATA stands for its folder
     "phantom": [],
-    "acdc3": ["--labeled", "labeled_3.txt", *REAL],
-    "acdc7": ["--labeled", "labeled_7.txt", *REAL],
+    "acdc3": ["--labeled", "DATA/labeled_3.txt", *REAL],
+    "acdc7": ["--labeled", "DATA/labeled_7.txt", *REAL],
     "isic": ["--labeled", "5%", *REAL],
 }
 COLUMNS = ["row", "seed", "network", "headline", "labeled", "split", "size", "width", "steps",
@@ -74,6 +74,7 @@ def train(name, row, seed, data, out):
     folder = folder_of(out)
     words = [*SETS[name], *options, "--seed", str(seed), "--out", str(out)]
     if data is not None:
+        words = [word.replace("DATA", str(data)) for word in words]
         words += ["--data", str(data)]
     if folder is not None:
         if (folder / "results.json").exists():
@@ -236,6 +237,8 @@ def main(argv=None):
     p.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     p.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     args = p.parse_args(argv)
+    if args.data is None and args.set not in ("phantom", "tables"):
+        p.error(f"{args.set} needs --data, the folder of its images and masks")
     if args.set != "tables":
         jobs = [(row, seed) for seed in args.seeds for row in args.rows]
         with ThreadPoolExecutor(2) as two:
