@@ -2525,12 +2525,18 @@ LINES = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e37
 
 
 def draw_diagram(sheet, top, title, curves):
-    """Draw one diagram of curves, [(step, value)] each, 640 x 220 pixels, from `top` of a sheet."""
+    """Draw one diagram of curves, [(step, value)] each, 640 x 220 pixels, from `top` of a sheet.
+
+    Upwards it spans the values of the second half of the steps, where runs differ by little; a
+    curve that is outside runs along the frame.
+    """
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     left, right, upper, lower = 50, 620, top + 24, top + 190
     points = np.array([point for curve in curves for point in curve])
-    steps, low, high = points[:, 0].max(), points[:, 1].min(), points[:, 1].max()
-    steps, high = max(steps, 1), max(high, low + 1e-6)
+    steps = points[:, 0].max()
+    late = points[points[:, 0] >= steps / 2, 1]
+    steps = max(steps, 1)
+    low, high = late.min(), max(late.max(), late.min() + 1e-6)
     draw.text((left, top + 4), title, "black", font)
     draw.rectangle((left, upper, right, lower), outline="black")
     for k in range(5):  # ticks
@@ -2542,8 +2548,9 @@ def draw_diagram(sheet, top, title, curves):
     for i, curve in enumerate(curves):
         line = []
         for step, value in curve:
+            inside = min(max(value, low), high)
             line.append((left + (right - left) * step / steps,
-                         lower - (lower - upper) * (value - low) / (high - low)))
+                         lower - (lower - upper) * (inside - low) / (high - low)))
         draw.line(line, LINES[i % len(LINES)], 2)
 
 

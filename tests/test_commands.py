@@ -776,13 +776,24 @@ def test_compare_draws_validation_dice_agreement_and_uncertainty(tmp_path):
     assert with_uncertainty.shape[0] == 220 + 16 + 8
 
 
+def test_a_diagram_spans_the_second_half_of_the_steps(tmp_path):
+    """Else what all runs do at the start hides how they differ at the end."""
+    late = "step,val_dice\n20,0\n40,70\n80,80\n"
+    picture = picture_of(tmp_path, late, "step,val_dice\n20,75\n40,75\n80,75\n")[:220]
+    rows, columns = places_of(picture, 0)
+    assert abs(rows[columns < 300].min() - 190) < 4  # 0: along the frame, to the step that has 70
+    assert abs(rows[columns > 610].min() - 24) < 8  # 80
+    rows, _ = places_of(picture, 1)
+    assert np.ptp(rows) < 4 and abs(rows.mean() - 107) < 4  # half way between 70 and 80
+
+
 def test_compare_draws_no_agreement_and_uncertainty_of_steps_without_targets(tmp_path):
     """Labelled-only runs and contrastive_st.py's stage 1 log 0; a validation Dice of 0 is one."""
     without = "step,agreement,uncertainty,val_dice\n20,0,0,0\n40,0,0,20\n"
-    staged = "step,agreement,uncertainty,val_dice\n20,0,0,10\n40,0.8,0,30\n60,0.9,0,30\n"
+    staged = "step,agreement,uncertainty,val_dice\n20,0,0,30\n40,0.8,0,30\n60,0.9,0,30\n"
     picture = picture_of(tmp_path, without, staged)
     assert picture.shape[0] == 220 * 2 + 16 * 2 + 8  # no uncertainty
-    assert places_of(picture[:220], 0)[1].min() < 240  # from step 20 of 60
+    assert abs(places_of(picture[:220], 0)[1].min() - 240) < 4  # from step 20 of 60
     assert not len(places_of(picture[220:440], 0)[0])
     assert places_of(picture[220:440], 1)[1].min() > 400  # from step 40 of 60
 
