@@ -63,6 +63,13 @@ def test_a_real_set_takes_its_labelled_patients_from_its_folder(tmp_path, monkey
     assert words[words.index("--data") + 1] == str(tmp_path / "acdc")
 
 
+def test_ucmt_with_as_many_batches_has_twice_the_steps():
+    """It takes two steps on a batch."""
+    assert benchmark.options_of("phantom", "UCMT, as many batches") == ["--steps", "1600"]
+    assert benchmark.options_of("acdc3", "UCMT, as many batches") == ["--steps", "6000"]
+    assert benchmark.options_of("acdc3", "CPS") == []
+
+
 def test_a_table_with_a_seed_that_was_not_run_has_an_empty_cell(tmp_path, monkeypatch):
     runs = {(benchmark.BASE, 0): (60, 61), (benchmark.BASE, 1): (62, 63), ("CPS", 0): (70, 71),
             ("CPS", 1): (72, 73), ("UCMT", 1): (62, 65)}  # Dice of the units a and b

@@ -28,11 +28,12 @@ RESULTS = ROOT / "tests" / "results"
 BASE = "labelled-only"
 FULL = "all labels"
 
-ROWS = {  # row: file, its options, passes a step with gradient + others
+ROWS = {  # row: file, its options (TWICE: double the steps), passes a step with gradient + others
     BASE: ("mean_teacher.py", ["--supervised"], "1 + 1"),
     "Mean Teacher": ("mean_teacher.py", [], "2 + 2"),
     "CPS": ("cps.py", [], "4 + 2"),
     "UCMT": ("ucmt.py", [], "4 + 1.5"),
+    "UCMT, as many batches": ("ucmt.py", ["--steps", "TWICE"], "4 + 1.5"),
     "CDMA": ("cdma.py", [], "2, of 3 decoders"),
     "MLDS": ("mlds.py", [], "2 + 1"),
     "MLDS, half with boxes": ("mlds.py", ["--boxes", "50%"], "2 + 1"),
@@ -41,7 +42,7 @@ ROWS = {  # row: file, its options, passes a step with gradient + others
 }
 REAL = ["--size", "96", "--width", "16", "--steps", "3000"]
 SETS = {  # set: the options of its runs, but --data; DATA stands for its folder
-    "phantom": [],
+    "phantom": ["--steps", "800"],
     "acdc3": ["--labeled", "DATA/labeled_3.txt", *REAL],
     "acdc7": ["--labeled", "DATA/labeled_7.txt", *REAL],
     "isic": ["--labeled", "5%", *REAL],
@@ -60,6 +61,12 @@ def machine():
     return " ".join(words)
 
 
+def options_of(name, row):
+    """The row's own options in a set."""
+    steps = int(SETS[name][SETS[name].index("--steps") + 1])
+    return [word.replace("TWICE", str(2 * steps)) for word in ROWS[row][1]]
+
+
 def folder_of(out):
     """The run's folder in the one for a row and seed; None before its start."""
     found = sorted(out.glob("*/*/args.json"))
@@ -70,9 +77,9 @@ def folder_of(out):
 
 def train(name, row, seed, data, out):
     """One run, unless it is done, to its end; its output goes into a file."""
-    file, options, _ = ROWS[row]
+    file = ROWS[row][0]
     folder = folder_of(out)
-    words = [*SETS[name], *options, "--seed", str(seed), "--out", str(out)]
+    words = [*SETS[name], *options_of(name, row), "--seed", str(seed), "--out", str(out)]
     if data is not None:
         words = [word.replace("DATA", str(data)) for word in words]
         words += ["--data", str(data)]
@@ -184,8 +191,8 @@ def table_of(name):
     table = [titles, ["-"] * len(titles)]
     headlines = [line for line in lines if line["headline"]]
     base = [line for line in headlines if line["row"] == BASE]
-    for row, (file, options, passes) in ROWS.items():
-        shown = {f"{row}: `{' '.join([file, *options])}`": headlines}
+    for row, (file, _, passes) in ROWS.items():
+        shown = {f"{row}: `{' '.join([file, *options_of(name, row)])}`": headlines}
         if row == BASE:
             shown["the same run, its EMA"] = [line for line in lines if not line["headline"]]
         for title, candidates in shown.items():
