@@ -56,8 +56,8 @@ Differences
     The teacher keeps BatchNorm          | For scores it takes student 1's      | as in
     statistics of its own (code).        | [ours]; in training it is normalised | mean_teacher.py
                                          | by its own batch.                    |
-    L_s is Dice alone (code).            | CE + Dice, as in all six files; L_u  | HD95 on ACDC 14 px,
-                                         | is Dice alone, as there.             | CPS's 9; CE in L_u:
+    L_s is Dice alone (code).            | CE + Dice, as in all six files; L_u  | HD95 on ACDC: 14,
+                                         | is Dice alone, as there.             | CPS 9; CE in L_u:
                                          |                                      | 80.9 and 79.4 †
     The rate is 1e-4, constant; ramp and | Poly decay; both count optimizer     | gradients' cosine
     EMA count batches (code).            | steps, two a batch.                  | 0.72; ACDC, 1500
