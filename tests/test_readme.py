@@ -57,8 +57,10 @@ def test_a_real_set_takes_its_labelled_patients_from_its_folder(tmp_path, monkey
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(benchmark.subprocess, "run", run)
-    benchmark.train("acdc3", "CPS", 0, tmp_path / "acdc", tmp_path / "out")
+    out = tmp_path / "DATA" / "out"  # DATA stands for the folder in the set's own options alone
+    benchmark.train("acdc3", "CPS", 0, tmp_path / "acdc", out)
     [words] = commands
+    assert words[words.index("--out") + 1] == str(out)
     assert words[words.index("--labeled") + 1] == str(tmp_path / "acdc" / "labeled_3.txt")
     assert words[words.index("--data") + 1] == str(tmp_path / "acdc")
 

@@ -79,9 +79,9 @@ def train(name, row, seed, data, out):
     """One run, unless it is done, to its end; its output goes into a file."""
     file = ROWS[row][0]
     folder = folder_of(out)
-    words = [*SETS[name], *options_of(name, row), "--seed", str(seed), "--out", str(out)]
+    words = [word.replace("DATA", str(data)) for word in SETS[name]]
+    words += [*options_of(name, row), "--seed", str(seed), "--out", str(out)]
     if data is not None:
-        words = [word.replace("DATA", str(data)) for word in words]
         words += ["--data", str(data)]
     if folder is not None:
         if (folder / "results.json").exists():
