@@ -458,8 +458,8 @@ def test_committed_trace(method, drawn, tmp_path):
     assert list(trace) == list(committed)
     relative, flipped = {}, 3e-3
     if method == "contrastive_st":
-        # its pseudo-labels are those of a hardly trained network: another machine's rounding
-        # changes one in a hundred (an Intel Xeon beside an AMD EPYC), and with them the contrast
+        # its labels are the argmax of a network after one step, where classes are nearly tied: on
+        # an Intel Xeon the contrast was off by up to 2.2% from the machine that made the trace
         relative, flipped = {"cont": 3e-2, "loss": 3e-3}, 1e-2
     for term, values in committed.items():
         # an agreement counts pixels: another machine's rounding moves a few of 4096
