@@ -2533,9 +2533,9 @@ def draw_diagram(sheet, top, title, curves):
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     left, right, upper, lower = 50, 620, top + 24, top + 190
     points = np.array([point for curve in curves for point in curve])
-    steps = points[:, 0].max()
-    late = points[points[:, 0] >= steps / 2, 1]
-    steps = max(steps, 1)
+    last = points[:, 0].max()
+    steps = max(last, 1)
+    late = points[points[:, 0] >= last / 2, 1]
     low, high = late.min(), max(late.max(), late.min() + 1e-6)
     draw.text((left, top + 4), title, "black", font)
     draw.rectangle((left, upper, right, lower), outline="black")
