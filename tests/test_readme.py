@@ -65,6 +65,31 @@ def test_a_real_set_takes_its_labelled_patients_from_its_folder(tmp_path, monkey
     assert words[words.index("--data") + 1] == str(tmp_path / "acdc")
 
 
+def test_a_real_set_without_its_folder_is_refused(capsys):
+    with pytest.raises(SystemExit) as refused:
+        benchmark.main(["isic"])
+    assert refused.value.code == 2
+    assert "isic needs --data" in capsys.readouterr().err
+
+
+def test_benchmark_ends_with_status_1_if_a_run_failed_after_the_others(tmp_path, monkeypatch):
+    tried = []
+
+    def run(words, **options):
+        tried.append(Path(words[1]).name)
+        return subprocess.CompletedProcess(words, 3)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
+    (tmp_path / "README.md").write_text("no table\n")
+    options = ["--seeds", "0", "--rows", "CPS", "UCMT", "--out", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit) as failed:
+        benchmark.main(["phantom", *options])
+    assert failed.value.code == 1
+    assert sorted(tried) == ["cps.py", "ucmt.py"]
+
+
 def test_ucmt_with_as_many_batches_has_twice_the_steps():
     """It takes two steps on a batch."""
     assert benchmark.options_of("phantom", "UCMT, as many batches") == ["--steps", "1600"]

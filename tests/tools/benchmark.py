@@ -5,9 +5,10 @@
     python tests/tools/benchmark.py tables
 
 Runs each row with each seed, two at a time on one thread each. A finished run is left as it is, an
-interrupted one goes on. Then puts them into tests/results/SET.csv (a line for each network of each
-run; what was run elsewhere stays there), and makes the tables in README.md from these files,
-between `<!-- table SET -->` and `<!-- end -->`.
+interrupted one goes on, and if one fails the exit status is 1, after the others. Then puts them
+into tests/results/SET.csv (a line for each network of each run; what was run elsewhere stays
+there), and makes the tables in README.md from these files, between `<!-- table SET -->` and
+`<!-- end -->`.
 """
 import argparse
 import csv
@@ -76,7 +77,7 @@ def folder_of(out):
 
 
 def train(name, row, seed, data, out):
-    """One run, unless it is done, to its end; its output goes into a file."""
+    """One run, unless it is done, to its end; its output goes into a file. -> its exit status."""
     file = ROWS[row][0]
     folder = folder_of(out)
     words = [word.replace("DATA", str(data)) for word in SETS[name]]
@@ -85,7 +86,7 @@ def train(name, row, seed, data, out):
         words += ["--data", str(data)]
     if folder is not None:
         if (folder / "results.json").exists():
-            return
+            return 0
         words = ["--resume", str(folder)]
     out.mkdir(parents=True, exist_ok=True)
     print(f"{row}, seed {seed}: {file} {' '.join(words)}", flush=True)
@@ -94,6 +95,7 @@ def train(name, row, seed, data, out):
                               stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         print(f"{row}, seed {seed}: status {done.returncode}, see {output.name}", flush=True)
+    return done.returncode
 
 
 def dice_by_unit(results, network):
@@ -246,6 +248,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.data is None and args.set not in ("phantom", "tables"):
         p.error(f"{args.set} needs --data, the folder of its images and masks")
+    statuses = []
     if args.set != "tables":
         jobs = [(row, seed) for seed in args.seeds for row in args.rows]
         with ThreadPoolExecutor(2) as two:
@@ -253,11 +256,12 @@ def main(argv=None):
             for row, seed in jobs:
                 out = args.out.resolve() / args.set / f"{row}-seed{seed}"
                 started.append(two.submit(train, args.set, row, seed, args.data, out))
-        for run in started:
-            run.result()  # raises what a thread raised
+        statuses = [run.result() for run in started]
         collect(args.set, args.out.resolve())
     readme = ROOT / "README.md"
     common.write_aside(readme, tables_in(readme.read_text()), common.write_text)
+    if any(statuses):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
