@@ -111,7 +111,7 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """Image (B, channels, H, W) in [0, 1] -> logits (B, classes, H, W), always float32."""
+    """Image (B, channels, H, W) -> logits (B, classes, H, W), always float32."""
 
     def __init__(self, channels, classes, width):
         super().__init__()
@@ -120,7 +120,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, x):
-        if len(x) == 0:  # BatchNorm refuses an empty batch; mean_teacher.py --supervised has one
+        if len(x) == 0:  # training on labelled images alone; BatchNorm refuses an empty batch
             return x.new_zeros(0, self.head.out_channels, *x.shape[2:])
         finest = self.decoder(self.encoder(x))[-1]  # (B, width, H, W)
         return self.head(finest).float()
@@ -131,7 +131,7 @@ class UNet(nn.Module):
 def supervised_loss(logits, y):
     """0.5 cross-entropy + 0.5 soft Dice loss: logits (B, C, H, W), y (B, H, W) long -> scalar.
 
-    Dice: each image and class, background too, no squares, ε = 1e-5, mean. Gradient: into logits.
+    Dice loss: 1 − mean over images and classes of (2 Σ P Y + ε) / (Σ P + Σ Y + ε), Σ over pixels.
     """
     probs = logits.softmax(1)
     target = F.one_hot(y, logits.shape[1]).movedim(-1, 1).to(probs.dtype)  # (B, C, H, W)
@@ -168,16 +168,17 @@ def mask_scores(pred, truth, distances=True):
 
     HD95 pools both directions' surface distances; ASD goes from prediction to truth. Both masks
     empty: None, not scored. One empty: Dice 0, distances the diagonal (0 would look perfect), and
-    "empty" says which.
+    "empty" says which. distances=False: Dice and Jaccard alone, much faster.
     """
-    both = int((pred & truth).sum())
+    overlap = int((pred & truth).sum())
     total = int(pred.sum()) + int(truth.sum())
     if total == 0:
         return None
-    scores = {"dice": 200 * both / total, "jaccard": 100 * both / (total - both)}
+    scores = {"dice": 200 * overlap / total, "jaccard": 100 * overlap / (total - overlap)}
     if not pred.any() or not truth.any():
-        scores["hd95"] = scores["asd"] = math.hypot(*pred.shape)
         scores["empty"] = "prediction" if truth.any() else "truth"
+        if distances:
+            scores["hd95"] = scores["asd"] = math.hypot(*pred.shape)
     elif distances:
         surface_p = surface_points(pred)
         surface_t = surface_points(truth)
@@ -241,25 +242,25 @@ def segment_volume(predict, networks, data, indices):
 
 
 def evaluate(predict, networks, data, part, distances=True):
-    """Score every network on all volumes of `part` ("val" or "test"): {network: summary}."""
-    volumes = {}  # {network: {volume: {class: scores}}}
+    """Score all that predict returns on the volumes of `part`, "val" or "test": {name: summary}."""
+    results = {}  # {name: {volume: {class: scores}}}
     with evaluating(networks):
         for volume, indices in tqdm(data.volumes(part).items(), part, leave=False, disable=None):
             truth = np.stack([data.truth(i) for i in indices])  # (D, H, W)
             for name, pred in segment_volume(predict, networks, data, indices).items():
-                scores = volumes.setdefault(name, {}).setdefault(volume, {})
+                scores = results.setdefault(name, {}).setdefault(volume, {})
                 for c in range(1, data.classes):
                     pred_c, truth_c = pred == c, truth == c
                     if len(truth) == 1:  # a single image is scored in 2-D
                         pred_c, truth_c = pred_c[0], truth_c[0]
                     scores[str(c)] = mask_scores(pred_c, truth_c, distances)
-    return {name: summarize(scores, data.classes) for name, scores in volumes.items()}
+    return {name: summarize(volumes, data.classes) for name, volumes in results.items()}
 
 
 # --- Augmentation: on the device, for a whole batch, drawn for each image -------------------------
 
 def weak(x, *maps, flip=True, rotation=180):
-    """Rotate to ±`rotation` degrees, scale by 1/1.4 to 1.4, flip, shift to 10% of a side [ours].
+    """Rotate to ±`rotation` degrees, scale by 1/1.4 to 1.4, flip, shift by up to 10% [ours].
 
     x: (B, channels, H, W); integer maps (B, H, W) move alike; the outside is 0. -> [x, *maps].
     """
@@ -269,7 +270,7 @@ def weak(x, *maps, flip=True, rotation=180):
     zoom = 1.4 ** (torch.rand(len(x), device=x.device) * 2 - 1)
     mirrored = torch.rand(len(x), 1, 2, device=x.device) >= 0.5  # horizontally, vertically
     shift = torch.rand(len(x), 2, 1, device=x.device) * 0.4 - 0.2  # a side is 2 long
-    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom  # from the result back to x, so divided
     matrix = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
     if flip:
         matrix = torch.where(mirrored, -matrix, matrix)
@@ -292,9 +293,8 @@ def strong(x):
     x = (x - mean) * uniform(x, 0.5, 1.5) + mean  # contrast
     x = x + uniform(x, -0.2, 0.2)  # brightness
     x = x.clamp(1e-4, 1) ** torch.exp2(uniform(x, -0.7, 0.7))  # gamma
-    x = x.lerp(tvf.gaussian_blur(x, [5, 5], [1.5, 1.5]), uniform(x, 0, 1))
-    strength = uniform(x, 0, 0.08)
-    return (x + strength * torch.randn_like(x)).clamp(0, 1)
+    x = x.lerp(tvf.gaussian_blur(x, [5, 5], [1.5, 1.5]), uniform(x, 0, 1))  # blur
+    return (x + uniform(x, 0, 0.08) * torch.randn_like(x)).clamp(0, 1)  # noise
 
 
 # --- Data and batches -----------------------------------------------------------------------------
@@ -383,11 +383,11 @@ class Data:
     def batch(self, maps=None):
         """What a step trains on, weakly augmented: x_l, y_l, x_u, map_u, index_u.
 
-        Labelled images (B_l, channels, H, W) and their masks (B_l, H, W) long; unlabelled images
-        (B_u, channels, H, W), their maps (B_u, H, W) uint8, which moved alike, out of the optional
-        maps (N, H, W), and their numbers (B_u,) on the CPU.
+        x_l (B_l, channels, S, S), y_l (B_l, S, S) long: labelled images and their masks;
+        x_u (B_u, channels, S, S): unlabelled images; index_u (B_u,): their numbers, on the CPU;
+        map_u (B_u, S, S): moved like x_u, their maps out of `maps` (N, S, S) uint8, or None.
         """
-        index_l, index_u = map(my_share, self.draw())
+        index_l, index_u = map(my_share, self.draw())  # under torchrun a process's share
         geometry = {"flip": self.args.flip, "rotation": self.args.rotation}
         x_l, y_l = weak(self.load_images(index_l), self.load_labels(index_l), **geometry)
         x_u = self.load_images(index_u)
@@ -560,7 +560,7 @@ def start_alike(networks, seed):
 
 UNNAMED = {"data", "labeled", "seed", "supervised", "out", "resume", "device", "val_every", "cache"}
 AGAIN = {"device", "precision", "resume"}  # what may be typed again with --resume
-PATHS = {"data", "labeled"}  # kept as absolute paths
+PATHS = {"data", "labeled", "init", "boxes", "tags"}  # files are kept as absolute paths
 
 
 def number(kind, minimum, maximum=math.inf):
@@ -681,7 +681,7 @@ def fill_defaults(parser, args):
         args.data = draw_phantom(Path(args.cache, f"phantom-{args.size}"), args.size)
         args.labeled = args.labeled or "10%"
     for option in PATHS:
-        value = getattr(args, option)
+        value = getattr(args, option, None)  # not every method has all of them
         if value is not None and os.path.exists(value):
             setattr(args, option, str(Path(value).resolve()))
 

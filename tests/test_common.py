@@ -116,6 +116,8 @@ def test_metrics_by_hand():
     scores = mask_scores(pred, truth)
     assert scores["hd95"] == pytest.approx(math.sqrt(128))  # not 0, the trap elsewhere
     assert scores["empty"] == "truth" and mask_scores(truth, pred)["empty"] == "prediction"
+    overlaps = mask_scores(pred, truth, distances=False)
+    assert overlaps == {"dice": 0, "jaccard": 0, "empty": "truth"}
     assert mask_scores(truth, truth) is None
 
 
