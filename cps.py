@@ -11,9 +11,10 @@ Idea
     into another, and the networks train on the mixed image, with the labels of the two unmixed
     images mixed alike. Network 1 is used in the end.
 
-        x_u ---> network 1 ---> P_1 <---- cross-entropy ----- Ŷ_2 <--- network 2 <--- x_u
-        x_u ---> network 1 ---> Ŷ_1 ----- cross-entropy ----> P_2 <--- network 2 <--- x_u
-        x_l ---> both networks ---> supervised loss <--- y    (no gradient through Ŷ)
+        x'  ---> network 1 ---> P_1 <-- cross-entropy -- Ŷ_2, mixed <--- network 2 <--- x_u
+        x'  ---> network 2 ---> P_2 <-- cross-entropy -- Ŷ_1, mixed <--- network 1 <--- x_u
+        x_l ---> both networks ---> supervised loss <--- y     (no gradient through any Ŷ)
+        x': strong view of x_u, mixed by CutMix
 
 Run
     python cps.py                                      # the built-in phantom
@@ -35,17 +36,20 @@ Differences
     training.                            | view; labels come from the weak one  |
                                          | [ours] (--no-cutmix: of labelled     |
                                          | images from the strong one).         |
-    λ is 1.5 on VOC, 6 on Cityscapes; 1  | λ = 0.3 [ours].                      | 1: 74 Dice, 0.3:
-    with CutMix on VOC (code).           |                                      | 82 (--seed 10);
-                                         |                                      | 83, 83 (--seed 11)
+    Both networks start from the same    | All weights are random and differ.   | ?
+    pretrained backbone; only the layers |                                      |
+    after it differ (code).              |                                      |
+    λ is 1.5 on VOC, 6 on Cityscapes; 1  | λ = 0.3 [ours].                      | 1: 74, 83 Dice,
+    with CutMix on VOC (code).           |                                      | 0.3: 82, 83
+                                         |                                      | (--seed 10, 11)
     Without CutMix, one mean over        | The means over labelled and over     | ?
     labelled and unlabelled images       | unlabelled images are added [paper], |
     (code).                              | which is about twice as much.        |
     The partner in CutMix comes from a   | It is the image before in the same   | ?
     second batch (code).                 | batch.                               |
     Boxes have areas of their own; where | The boxes of an image have one area  | ?
-    two overlap, the image itself shows  | and are less oblong; where two       |
-    again (code).                        | overlap, the partner is shown.       |
+    two overlap, the image itself shows  | and sides of up to 2.7 to 1; where   |
+    again (code).                        | two overlap, the partner is shown.   |
     Networks label in train mode (code). | The same, normalised by the batch;   | ?
                                          | labelled and unlabelled images go    |
                                          | through in two passes.               |
@@ -103,26 +107,29 @@ def cutmix_mask(b, h, w, boxes, area, device):
     and W √s e^-a, a ~ U(-1/2, 1/2) [ours], at most the image's, and lies wholly inside.
     """
     low, high = area
-    share = torch.empty(b, 1, device=device).uniform_(low, high).expand(b, boxes) / boxes
-    aspect = torch.empty(b, boxes, device=device).uniform_(-0.5, 0.5).exp()
-    box_h = (h * share.sqrt() * aspect).clamp(max=h)
-    box_w = (w * share.sqrt() / aspect).clamp(max=w)
-    top = torch.rand(b, boxes, device=device) * (h - box_h)
-    left = torch.rand(b, boxes, device=device) * (w - box_w)
-    y = torch.arange(h, device=device).view(1, 1, h, 1) + 0.5
-    x = torch.arange(w, device=device).view(1, 1, 1, w) + 0.5
-    top, left, box_h, box_w = (t[:, :, None, None] for t in (top, left, box_h, box_w))
-    inside = (y >= top) & (y < top + box_h) & (x >= left) & (x < left + box_w)  # (B, boxes, H, W)
-    return inside.any(1)
+    shape = b, boxes, 1, 1
+    share = torch.empty(b, 1, 1, 1, device=device).uniform_(low, high) / boxes
+    stretch = torch.empty(shape, device=device).uniform_(-0.5, 0.5).exp()
+    box_h = (h * share.sqrt() * stretch).clamp(max=h)
+    box_w = (w * share.sqrt() / stretch).clamp(max=w)
+    top = torch.rand(shape, device=device) * (h - box_h)
+    left = torch.rand(shape, device=device) * (w - box_w)
+    row = torch.arange(h, device=device)[:, None] + 0.5  # centres of pixels
+    column = torch.arange(w, device=device) + 0.5
+    in_rows = (row >= top) & (row < top + box_h)  # (B, boxes, H, 1)
+    in_columns = (column >= left) & (column < left + box_w)  # (B, boxes, 1, W)
+    return (in_rows & in_columns).any(1)
 
 
 def cutmix(x, mask):
     """Eq. (3): x' = (1 − M) x + M x_partner, the partner being x.roll(1, 0).
 
     x: images (B, channels, H, W) or label maps (B, H, W); mask: bool (B, H, W). -> the shape of x.
-    Gradient flows into x.
+    Gradient flows into x. A single image is its own partner.
     """
-    return torch.where(mask if x.dim() == 3 else mask[:, None], x.roll(1, 0), x)
+    if x.dim() == 4:
+        mask = mask[:, None]  # the same for all channels
+    return torch.where(mask, x.roll(1, 0), x)
 
 
 # ----------------------------------------------------------------------------------------- Networks
@@ -181,8 +188,8 @@ def main(argv=None):
         # 3 targets
         with torch.no_grad(), autocast():
             logits_1, logits_2 = network_1(x_u), network_2(x_u)
-        label_1 = cutmix(logits_1.argmax(1), mask)  # (B, H, W)
-        label_2 = cutmix(logits_2.argmax(1), mask)
+            label_1 = cutmix(logits_1.argmax(1), mask)  # (B, H, W)
+            label_2 = cutmix(logits_2.argmax(1), mask)
 
         # 4 losses
         with autocast():
