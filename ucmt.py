@@ -14,7 +14,7 @@ Idea
 
         strong view 1 ---> student 1 ---> P_1 <--- Dice --- Ŷ_2, Ŷ_T
         weak view     ---> teacher   ---> P_T ---> Ŷ_T     (no gradient through any Ŷ)
-        strong view 2 ---> student 2 ---> P_2 <--- Dice --- Ŷ_1, Ŷ_T     (x_l: only y)
+        strong view 2 ---> student 2 ---> P_2 <--- Dice --- Ŷ_1, Ŷ_T   (x_l: supervised loss, y)
         U_m: entropy of (P_m + P_T) / 2, by patch ---> X' = UMIX(X; U_1, U_2) ---> the same again
 
 Run
@@ -33,7 +33,7 @@ Equations (numbers are this file's)
     Eq. (7)  cutmix       the image, or label map, that is mixed so
     Eq. (8)  ema_decay    α, the share that the teacher keeps: 0 at first, then up to 0.99
     Eq. (9)  ema_update   teacher weights: running average of the students'
-    Eq. (10) main         L = L_s + w λ(t) (L_cps + L_mts) / 2, one optimizer step on X, one on X'
+    Eq. (10) main         L = L_s + w λ(t) L_u, L_u = (L_cps + L_mts) / 2; a step on X, one on X'
 
 Differences
     paper or authors' code               | here                                 | does it matter?
@@ -41,14 +41,13 @@ Differences
     The teacher averages 0.99 θ_1 + 0.01 | The same: --teacher-mix 0.99.        | 0.5: students 54,
     θ_2 (code).                          |                                      | 52 Dice, teacher
                                          |                                      | 10 (240 steps)
-    w = 0.1 (code).                      | The same.                            | 1: 83 Dice, 0.1:
-                                         |                                      | 79 (--seed 10);
-                                         |                                      | on ACDC 65 and 68
+    w = 0.1 (code).                      | The same. (ACDC, 7 patients: w = 1   | 1: 83 Dice, 0.1:
+                                         | gave 65, 0.1 gave 68.)               | 79 (--seed 10)
     Strong view 2 is made from view 1    | Both are drawn independently.        | ?
     (code).                              |                                      |
-    Step 1 trains on the weak labelled   | Both steps give each student a       | ?
-    image, step 2 on strong view 1 for   | strong view of its own.              |
-    both students (code).                |                                      |
+    Step 1 sees labelled images weak; in | Both steps give each student a       | ?
+    step 2 both students see one image:  | strong view of its own.              |
+    strong view 1, mixed (code).         |                                      |
     The teacher's label map of X is      | The teacher predicts X' anew.        | ?
     mixed like X (code).                 |                                      |
     The least sure of the k sure patches | The surest overwrites the least      | ?
@@ -56,13 +55,13 @@ Differences
     The teacher keeps BatchNorm          | For scores it takes student 1's      | as in
     statistics of its own (code).        | [ours]; in training it is normalised | mean_teacher.py
                                          | by its own batch.                    |
-    L_s is Dice alone (code).            | CE + Dice, as in all six files; L_u  | HD95 on ACDC: 14,
-                                         | is Dice alone, as there.             | CPS 9; CE in L_u:
-                                         |                                      | 80.9 and 79.4 †
-    The rate is 1e-4, constant; ramp and | Poly decay; both count optimizer     | gradients' cosine
-    EMA count batches (code).            | steps, two a batch.                  | 0.72; ACDC, 1500
-                                         |                                      | batches: 74.3,
-                                         |                                      | labelled-only 72.9
+    The encoder is pretrained, L_s is    | U-Nets from random weights; CE +     | CE in L_u: 80.9,
+    Dice alone (code).                   | Dice, as in all six files. L_u is    | 79.4, Dice alone
+                                         | Dice alone, as there.                | 80.7, 78.7 †
+    The rate is 1e-4, constant; t of λ   | Poly decay; t of λ counts batches, t | ACDC, 1500
+    and t of α count batches (code).     | of α counts optimizer steps.         | batches: 74.3,
+                                         | The gradients of a batch's two steps | labelled-only 72.9
+                                         | have cosine 0.72 (two batches: 0.3). |
     The checkpoint with the lowest       | The last one is reported.            | ?
     training loss is reported (code).    |                                      |
     The unlabelled batch is drawn from   | It holds no labelled image, unless   | ?
@@ -152,19 +151,18 @@ def umix(x, u_1, u_2, k):
     uncertainties the first patch comes first. Gradient flows into x.
     """
     grid = u_1.shape[-1]
-    h, w = x.shape[-2] // grid, x.shape[-1] // grid
+    h, w = x.shape[-2] // grid, x.shape[-1] // grid  # of a patch
     patches = x.unflatten(-1, (grid, w)).unflatten(-3, (grid, h))  # (B, ..., grid, h, grid, w)
     patches = patches.movedim((-4, -2), (1, 2)).flatten(1, 2)  # (B, grid², ..., h, w)
     low_1 = u_1.flatten(1).argsort(dim=1, stable=True)  # (B, grid²), certain patches first
     low_2 = u_2.flatten(1).argsort(dim=1, stable=True)
     top_1 = u_1.flatten(1).argsort(dim=1, stable=True, descending=True)  # uncertain ones first
     top_2 = u_2.flatten(1).argsort(dim=1, stable=True, descending=True)
-    mixed, image = patches.clone(), torch.arange(len(x), device=x.device)
-    for rank in range(k):
-        mixed[image, top_1[:, rank]] = patches[image, low_2[:, rank]]
-    for rank in range(k):
-        mixed[image, top_2[:, rank]] = patches[image, low_1[:, rank]]
-    mixed = mixed.unflatten(1, (grid, grid)).movedim((1, 2), (-4, -2))
+    shown = torch.arange(grid * grid, device=x.device).repeat(len(x), 1)  # each place shows itself
+    shown.scatter_(1, top_1[:, :k], low_2[:, :k])  # an uncertain place shows a certain patch
+    shown.scatter_(1, top_2[:, :k], low_1[:, :k])
+    image = torch.arange(len(x), device=x.device)[:, None]
+    mixed = patches[image, shown].unflatten(1, (grid, grid)).movedim((1, 2), (-4, -2))
     return mixed.reshape(x.shape)
 
 
@@ -175,26 +173,29 @@ def cutmix_mask(b, h, w, boxes, area, device):
     and W √s e^-a, a ~ U(-1/2, 1/2) [ours], at most the image's, and lies wholly inside.
     """
     low, high = area
-    share = torch.empty(b, 1, device=device).uniform_(low, high).expand(b, boxes) / boxes
-    aspect = torch.empty(b, boxes, device=device).uniform_(-0.5, 0.5).exp()
-    box_h = (h * share.sqrt() * aspect).clamp(max=h)
-    box_w = (w * share.sqrt() / aspect).clamp(max=w)
-    top = torch.rand(b, boxes, device=device) * (h - box_h)
-    left = torch.rand(b, boxes, device=device) * (w - box_w)
-    y = torch.arange(h, device=device).view(1, 1, h, 1) + 0.5
-    x = torch.arange(w, device=device).view(1, 1, 1, w) + 0.5
-    top, left, box_h, box_w = (t[:, :, None, None] for t in (top, left, box_h, box_w))
-    inside = (y >= top) & (y < top + box_h) & (x >= left) & (x < left + box_w)  # (B, boxes, H, W)
-    return inside.any(1)
+    shape = b, boxes, 1, 1
+    share = torch.empty(b, 1, 1, 1, device=device).uniform_(low, high) / boxes
+    stretch = torch.empty(shape, device=device).uniform_(-0.5, 0.5).exp()
+    box_h = (h * share.sqrt() * stretch).clamp(max=h)
+    box_w = (w * share.sqrt() / stretch).clamp(max=w)
+    top = torch.rand(shape, device=device) * (h - box_h)
+    left = torch.rand(shape, device=device) * (w - box_w)
+    row = torch.arange(h, device=device)[:, None] + 0.5  # centres of pixels
+    column = torch.arange(w, device=device) + 0.5
+    in_rows = (row >= top) & (row < top + box_h)  # (B, boxes, H, 1)
+    in_columns = (column >= left) & (column < left + box_w)  # (B, boxes, 1, W)
+    return (in_rows & in_columns).any(1)
 
 
 def cutmix(x, mask):
     """Eq. (7): x' = (1 − M) x + M x_partner, the partner being x.roll(1, 0).
 
     x: images (B, channels, H, W) or label maps (B, H, W); mask: bool (B, H, W). -> the shape of x.
-    Gradient flows into x.
+    Gradient flows into x. A single image is its own partner.
     """
-    return torch.where(mask if x.dim() == 3 else mask[:, None], x.roll(1, 0), x)
+    if x.dim() == 4:
+        mask = mask[:, None]  # the same for all channels
+    return torch.where(mask, x.roll(1, 0), x)
 
 
 def ema_decay(step, decay):
@@ -211,9 +212,9 @@ def ema_update(teacher, student_1, student_2, mix, alpha):
     teacher, student_1, student_2: modules of one architecture; mix, alpha: numbers. No gradient.
     Student 1's BatchNorm statistics are copied.
     """
-    parameters = (network.parameters() for network in (teacher, student_1, student_2))
     with torch.no_grad():
-        for p_t, p_1, p_2 in zip(*parameters, strict=True):
+        for p_t, p_1, p_2 in zip(teacher.parameters(), student_1.parameters(),
+                                 student_2.parameters(), strict=True):
             p_t.lerp_(p_2.lerp(p_1, mix), 1 - alpha)
         for b_t, b_1 in zip(teacher.buffers(), student_1.buffers(), strict=True):
             b_t.copy_(b_1)
@@ -239,11 +240,11 @@ def pictures(networks, x, grid, k, mix):
     probs = predict(networks, x)
     u_1 = uncertainty(probs["student 1"], probs["teacher"], grid)
     u_2 = uncertainty(probs["student 2"], probs["teacher"], grid)
-    large_1, large_2 = F.interpolate(torch.stack([u_1, u_2]), x.shape[2:])  # (B, H, W) each
-    columns = heat("uncertainty 1", large_1) | heat("uncertainty 2", large_2)
+    columns = heat("uncertainty 1", F.interpolate(u_1[:, None], x.shape[2:])[:, 0])  # (B, H, W)
+    columns |= heat("uncertainty 2", F.interpolate(u_2[:, None], x.shape[2:])[:, 0])
     if mix == "umix":
-        pixel = torch.arange(x[:, 0].numel(), device=x.device).view(-1, *x.shape[2:])
-        overwritten = umix(pixel, u_1, u_2, k) != pixel
+        place = torch.arange(x[:, 0].numel(), device=x.device).view(-1, *x.shape[2:])  # of a pixel
+        overwritten = umix(place, u_1, u_2, k) != place
         columns["UMIX, patches"] = overlay(umix(x, u_1, u_2, k), overwritten.long())
     elif mix == "cutmix":
         mask = cutmix_mask(len(x), *x.shape[2:], BOXES, AREA, x.device)
@@ -255,7 +256,7 @@ def main(argv=None):
     # options
     options = parser(__doc__)
     add = options.own.add_argument
-    add("--weight", type=float, default=0.1, help="w of Eq. (10) (%(default)s) [code]")
+    add("--weight", type=float, default=0.1, help="w of L_u (%(default)s) [code]")
     add("--teacher-mix", type=float, default=0.99, metavar="β",
         help="student 1's share in the teacher (%(default)s) [code]")
     add("--grid", type=number(int, 1), default=16, help="UMIX patches a side (%(default)s) [paper]")
@@ -267,19 +268,19 @@ def main(argv=None):
     args = parse(options, argv)
     if args.steps % 2:
         stop(f"--steps {args.steps}: expected an even number, since a batch is used for two steps.")
-    if args.size % args.grid:
-        stop(f"--grid {args.grid} does not divide --size {args.size}. Expected 8 or 16, say.")
-
     if args.val_every % 2:
         stop(f"--val-every {args.val_every}: expected an even number, since a batch is used for "
              "two steps.")
+    if args.size % args.grid:
+        stop(f"--grid {args.grid} does not divide --size {args.size}. Expected 8 or 16, say.")
 
     # data, networks, optimizer, run
     data = Data(args)
     torch.manual_seed(args.seed)
     networks = place(build(data.channels, data.classes, args.width), args)
     student_1, student_2 = networks["student 1"], networks["student 2"]
-    teacher, grid, k = networks["teacher"], args.grid, args.top_k
+    teacher = networks["teacher"]
+    grid, k = args.grid, args.top_k
     parameters = [*student_1.parameters(), *student_2.parameters()]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
     autocast, scaler = mixed_precision(args)
@@ -298,7 +299,7 @@ def main(argv=None):
         with torch.no_grad(), autocast():
             if step % 2 == 0:
                 probs_lt = teacher(x_l).softmax(1)  # (B, C, H, W), for its uncertainties alone
-            probs_t = teacher(x_u).softmax(1)  # of mixed images it predicts anew
+            probs_t = teacher(x_u).softmax(1)  # in an odd step of X', anew
 
         # 4 losses
         with autocast():
