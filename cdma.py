@@ -51,6 +51,8 @@ Differences
     and sums over the batch (code).      |                                      |
     Images are flipped, turned by 90     | All branches see one common.strong   | ?
     degrees, and get a little noise.     | view.                                |
+    The checkpoint best on validation is | The last one is reported; the best   | ?
+    reported (code).                     | stands beside it.                    |
     (Other code draws labelled images    | The unlabelled batch holds no        | ?
     for the unlabelled batch, too.)      | labelled image, unless all are.      |
     ?: not tried. †: Dice of the phantom's validation patients, --seed 10 and 11.
@@ -105,18 +107,23 @@ class SpatialAttention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)  # 7: [code]
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)  # 7: [code]; a version has 3 in SA
 
     def forward(self, x):
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
         return x * self.conv(pooled).sigmoid()  # weights (B, 1, H, W)
 
 
-ATTENTIONS = {  # [paper] the branches; [code] attention after a block of that many channels
-    "CSA": lambda channels: nn.Sequential(ChannelAttention(channels), SpatialAttention()),
-    "CA": ChannelAttention,
-    "SA": lambda channels: SpatialAttention(),
-}
+BRANCHES = ("CSA", "CA", "SA")  # [paper]
+
+
+def attention(branch, channels):
+    """A branch's attention for features of that many channels; CSA is CA, then SA."""
+    if branch == "CA":
+        return ChannelAttention(channels)
+    if branch == "SA":
+        return SpatialAttention()
+    return nn.Sequential(ChannelAttention(channels), SpatialAttention())
 
 
 class ThreeBranches(nn.Module):
@@ -130,21 +137,22 @@ class ThreeBranches(nn.Module):
     def __init__(self, encoder, decoders, widths, classes):
         super().__init__()
         self.encoder = encoder
-        self.decoders = nn.ModuleDict(zip(ATTENTIONS, decoders, strict=True))
+        self.decoders = nn.ModuleDict(zip(BRANCHES, decoders, strict=True))
         self.attentions, self.heads = nn.ModuleDict(), nn.ModuleDict()
-        for branch, attention in ATTENTIONS.items():
-            self.attentions[branch] = nn.ModuleList(attention(c) for c in widths[:-1])
+        for branch in BRANCHES:
+            self.attentions[branch] = nn.ModuleList(attention(branch, c) for c in widths[:-1])
             self.heads[branch] = nn.Conv2d(widths[-1], classes, 1)
 
     def forward(self, x):
-        *skips, bottleneck = self.encoder(x)
+        *skips, bottleneck = self.encoder(x)  # skips: from fine to coarse
         logits = {}
         for branch, decoder in self.decoders.items():
-            x = bottleneck
-            for stage, attention in enumerate(self.attentions[branch]):
-                x = attention(decoder.blocks[stage](x, skips[-1 - stage]))
-            x = decoder.blocks[-1](x, skips[0])
-            logits[branch] = self.heads[branch](x).float()
+            features = bottleneck
+            for stage, attend in enumerate(self.attentions[branch]):
+                features = decoder.blocks[stage](features, skips[-1 - stage])
+                features = attend(features)
+            features = decoder.blocks[-1](features, skips[0])  # the finest: no attention
+            logits[branch] = self.heads[branch](features).float()
         return logits
 
 
@@ -167,9 +175,12 @@ def cdkd_loss(logits, temperature):
 
     logits: list of (B, C, H, W), one a branch -> scalar. Gradient: of each term into its student.
     """
-    n = len(logits)
-    pairs = [(s, t) for s in range(n) for t in range(n) if t != s]
-    return sum(kd_loss(logits[s], logits[t], temperature) for s, t in pairs) / n
+    total = 0
+    for s in range(len(logits)):
+        for t in range(len(logits)):
+            if t != s:
+                total = total + kd_loss(logits[s], logits[t], temperature)
+    return total / len(logits)
 
 
 def um_loss(logits):
@@ -187,7 +198,7 @@ def um_loss(logits):
 
 def build(channels, classes, width):
     """The U-Net's encoder and three of its decoders, with attention: {name: network}."""
-    decoders = [Decoder(width) for _ in ATTENTIONS]  # each with random weights of its own
+    decoders = [Decoder(width) for _ in BRANCHES]  # each with random weights of its own
     widths = [8 * width, 4 * width, 2 * width, width]  # of Decoder's blocks, coarsest first
     return {"three branches": ThreeBranches(Encoder(channels, width), decoders, widths, classes)}
 
@@ -201,7 +212,7 @@ def predict(networks, x):
 def pictures(networks, x):
     """Columns of preview.png: where the branches contradict each other, and what they doubt."""
     probs = predict(networks, x)
-    labels = torch.stack([probs[branch].argmax(1) for branch in ATTENTIONS])  # (3, B, H, W)
+    labels = torch.stack([probs[branch].argmax(1) for branch in BRANCHES])  # (3, B, H, W)
     disagreement = (labels.amax(0) != labels.amin(0)).float()
     entropy = -torch.xlogy(probs["mean"], probs["mean"]).sum(1)
     return heat("disagreement", disagreement) | heat("entropy of mean", entropy)
@@ -239,7 +250,8 @@ def main(argv=None):
         # 4 losses
         with autocast():
             logits_l, logits_u = network(x_ls), network(x_us)  # {branch: (B, C, H, W)}
-        logits = [torch.cat([logits_l[branch], logits_u[branch]]) for branch in ATTENTIONS]
+        # of each branch (B_l + B_u, C, H, W)
+        logits = [torch.cat([logits_l[branch], logits_u[branch]]) for branch in BRANCHES]
         loss_sup = sum(supervised_loss(z, y_l) for z in logits_l.values()) / len(logits_l)
         loss_cdkd, loss_um = cdkd_loss(logits, args.temperature), um_loss(logits)
         lam = 0.0 if step < START * args.steps else 1.0  # λ(t): off, then on

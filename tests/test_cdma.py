@@ -55,11 +55,11 @@ def test_spatial_attention_naive_loop():
 
 
 def test_csa_is_channel_then_spatial_attention():
-    both, x = cdma.ATTENTIONS["CSA"](16), torch.randn(2, 16, 4, 4)
+    both, x = cdma.attention("CSA", 16), torch.randn(2, 16, 4, 4)
     torch.testing.assert_close(both(x), both[1](both[0](x)))
     assert isinstance(both[0], cdma.ChannelAttention) and isinstance(both[1], cdma.SpatialAttention)
-    assert isinstance(cdma.ATTENTIONS["CA"](16), cdma.ChannelAttention)
-    assert isinstance(cdma.ATTENTIONS["SA"](16), cdma.SpatialAttention)
+    assert isinstance(cdma.attention("CA", 16), cdma.ChannelAttention)
+    assert isinstance(cdma.attention("SA", 16), cdma.SpatialAttention)
 
 
 def parts_of(named_parameters):
