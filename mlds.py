@@ -50,8 +50,8 @@ Differences
     the others (code).                   |                                      |
     BCE is summed over the batch (code). | A mean, so that the rate does not    | ?
                                          | depend on the batch size.            |
-    (λ and its ramp are not the          | λ = 0.3 with a ramp [ours].          | CE: 49, 56, 53 for
-    paper's.)                            |                                      | λ = 1, 0.3, 0.05
+    (λ and its ramp are not the          | λ = 0.3 with a ramp [ours].          | λ 1: 49, 0.3: 56,
+    paper's.)                            |                                      | 0.05: 53, CE alone
     (BatchNorm in the teacher is not     | It labels normalised by the batch;   | as in
     described.)                          | for scores, its running statistics   | mean_teacher.py
                                          | are the student's.                   |
@@ -62,10 +62,9 @@ Differences
     (Other code draws labelled images    | The unlabelled batch holds no        | ?
     for the unlabelled batch, too.)      | labelled image, unless all are; Ŷ is |
                                          | then their mask.                     |
-    Other networks and optimizers.       | U-Net, AdamW and common.strong, as   | ?
-                                         | in all six files; labelled and       |
-                                         | unlabelled images go through in two  |
-                                         | passes.                              |
+    Other networks and optimizers.       | U-Net, AdamW, common.strong as in    | ?
+                                         | all six files; labelled and          |
+                                         | unlabelled images in two passes.     |
     ?: not tried. Dice is that of validation patients, after 800 steps on an older phantom (64 px, 3
     labelled patients) with an older augmentation (rotation to 20 degrees, scale to 1.25, no shift),
     where nothing else is said. †: Dice on today's phantom, --seed 10 and 11.
@@ -150,12 +149,15 @@ def mlds_loss(multi, y):
     multi: logits [(B, C, s, s)], y: (B, S, S) long -> scalar. Gradient flows into all logits.
     Example: logits of 0 give log 2 a depth, whatever y.
     """
-    targets = [multi_label_target(y, *z.shape[1:3]) for z in multi]
-    return sum(map(F.binary_cross_entropy_with_logits, multi, targets))
+    losses = []
+    for z in multi:
+        target = multi_label_target(y, z.shape[1], z.shape[2])  # (B, C, s, s)
+        losses.append(F.binary_cross_entropy_with_logits(z, target))
+    return sum(losses)
 
 
 def deep_loss(multi, y, nearest=False):
-    """Eq. (3): L_deep = Σ_d CE(z_d enlarged to y's size, y); nearest: Σ_d CE(z_d, y shrunk to it).
+    """Eq. (3): L_deep = Σ_d CE(z_d enlarged to y's size, y); nearest: Σ_d CE(z_d, y at its size).
 
     The two ways to supervise a coarse head with one label each. Shapes and gradient: Eq. (2).
     """
@@ -174,7 +176,8 @@ def allowed_map(size, classes, limits, mask=None):
     """Eq. (4): A(p) = {y(p)} with a mask, else {0} ∪ ⋂_limits {c : p in a box of c}; bit c: c ∈ A.
 
     limits: [boxes, tags] or fewer, lists of (c, cx, cy, w, h) in shares of the side; a tag is a box
-    around everything. mask: (size, size) long. -> (size, size) uint8. No gradient.
+    around everything; without limits all classes. mask: (size, size) long. -> (size, size) uint8,
+    no gradient. Example, 3 classes: nothing 7 (1 + 2 + 4), tag 2 gives 5 (1 + 4), mask 2 gives 4.
     """
     if mask is not None:
         return (1 << mask).to(torch.uint8)
@@ -241,7 +244,7 @@ def connected_regions(mask):
                 same = np.roll(padded, shift, axis) == padded
                 neighbour = np.roll(region, shift, axis)
                 smallest = np.where(same, np.minimum(smallest, neighbour), smallest)
-        smallest = smallest.ravel()[smallest]  # and what a number points to has gone farther yet
+        smallest = smallest.ravel()[smallest]  # a number is a pixel: what this one holds by now
         if np.array_equal(smallest, region):
             return region[1:-1, 1:-1]
         region = smallest
@@ -255,8 +258,8 @@ def boxes_of(mask):
         y, x = np.nonzero(region == number)
         left, right = x.min() / width, (x.max() + 1) / width
         top, bottom = y.min() / height, (y.max() + 1) / height
-        centre = (left + right) / 2, (top + bottom) / 2
-        boxes.append((int(mask[y[0], x[0]]), *centre, right - left, bottom - top))
+        c = int(mask[y[0], x[0]])
+        boxes.append((c, (left + right) / 2, (top + bottom) / 2, right - left, bottom - top))
     return boxes
 
 
@@ -266,7 +269,7 @@ def tags_of(mask):
 
 
 def read_rows(path, kind):
-    """The lines of boxes/NAME.txt or tags/NAME.txt: [(where, [class, cx, cy, w, h], as texts)]."""
+    """Lines of boxes/NAME.txt or tags/NAME.txt: [(where, [class, cx, cy, w, h])], class a text."""
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -287,15 +290,13 @@ def read_boxes(path, kind, classes):
     boxes = []
     for where, words in read_rows(path, kind):
         try:
-            c, (cx, cy, w, h) = int(words[0]), map(float, words[1:])
+            c = int(words[0])
+            cx, cy, w, h = map(float, words[1:])  # ValueError, too, if these are not four
         except ValueError:
             stop(f"{where}; expected: {form}")
-        if c == 0:
-            stop(f"{where}: class 0; expected 1 to {classes - 1}, as in masks. YOLO counts from 0? "
-                 "add 1")
         if not 0 < c < classes:
-            stop(f"{where}: class {str(c)[:20]}; expected 1 to {classes - 1}, as in masks "
-                 "(--classes gives more)")
+            stop(f"{where}: class {str(c)[:20]}; expected 1 to {classes - 1}, as in masks. YOLO "
+                 "counts from 0? add 1. More classes than in the visible masks? --classes")
         sides = cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2
         inside = all(-1e-3 < side < 1 + 1e-3 for side in sides)  # 0.001 is rounding
         if not (inside and w > 0 and h > 0):
@@ -306,18 +307,18 @@ def read_boxes(path, kind, classes):
 
 
 def annotations(data, kind, spec):
-    """Boxes or tags, those of PATH/kind, and for `spec` of the hidden units derived from masks.
+    """Boxes or tags: those of PATH/kind, and those made from the masks of `spec` hidden units.
 
     -> {image number: [(c, cx, cy, w, h)]}. Of hidden masks, only those of `spec` are opened.
     """
     number_of = {item.name: i for i, item in enumerate(data.items)}
     found = {}
-    folder, paths = Path(data.args.data, kind), []
+    folder = Path(data.args.data, kind)
+    paths = []
     if folder.is_dir():
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".txt")
+        paths = sorted(path for path in folder.iterdir()
+                       if path.suffix.lower() == ".txt" and not path.name.startswith("."))
     for path in paths:
-        if path.name.startswith("."):
-            continue
         check_readable(path)
         if path.suffix != ".txt":
             stop(f"{path}: expected the ending .txt. Rename it.")
@@ -357,8 +358,8 @@ def allowed_maps(data, boxes_spec, tags_spec):
     """Eq. (4) of all training images: uint8 (N, S, S); prints how many have which annotation."""
     if data.classes > 8:
         stop(f"{data.classes} classes, but a pixel's allowed ones are 8 bits. Merge some classes.")
-    boxes = annotations(data, "boxes", boxes_spec)
-    tags = annotations(data, "tags", tags_spec)
+    found = {"boxes": annotations(data, "boxes", boxes_spec),
+             "tags": annotations(data, "tags", tags_spec)}
     size = data.args.size
     maps = torch.zeros(len(data.items), size, size, dtype=torch.uint8)
     counts = {"masks": 0, "boxes": 0, "tags": 0, "boxes and tags": 0, "none": 0}
@@ -366,11 +367,7 @@ def allowed_maps(data, boxes_spec, tags_spec):
         maps[i] = allowed_map(size, data.classes, [], data.labels[i].long())
         counts["masks"] += 1
     for i in data.indices("unlabeled"):
-        known = {}
-        if i in boxes:
-            known["boxes"] = boxes[i]
-        if i in tags:
-            known["tags"] = tags[i]
+        known = {kind: images[i] for kind, images in found.items() if i in images}
         maps[i] = allowed_map(size, data.classes, known.values())
         counts[" and ".join(known) or "none"] += 1
     print("training images with", ", ".join(f"{kind}: {n}" for kind, n in counts.items()))
@@ -401,17 +398,17 @@ def paint(m, size):
 
 
 def pictures(networks, x, softmax):
-    """Columns of preview.png: what cells of 8 and 2 pixels hold, by labels and by the heads."""
+    """Columns of preview.png: cells by the student's segmentation (8 pixels), its heads (8, 2)."""
     clean, multi = networks["student"](x)
-    coarse, fine = multi[1].sigmoid(), multi[3].sigmoid()
     if softmax:  # deep and nearest: their heads give a cell one class, not a set
         coarse, fine = multi[1].softmax(1), multi[3].softmax(1)
-    target = multi_label_target(clean.argmax(1), *coarse.shape[1:3])
-    size = x.shape[2:]
-    colours = "1 red, 2 green, 3 blue"
-    return {f"labels, cells of 8\n{colours}": paint(target, size),
-            f"heads, cells of 8\n{colours}": paint(coarse, size),
-            f"heads, cells of 2\n{colours}": paint(fine, size)}
+    else:
+        coarse, fine = multi[1].sigmoid(), multi[3].sigmoid()
+    held = multi_label_target(clean.argmax(1), coarse.shape[1], coarse.shape[2])
+    legend = "1 red, 2 green, 3 blue"
+    return {f"segmentation, cells of 8\n{legend}": paint(held, x.shape[2:]),
+            f"heads, cells of 8\n{legend}": paint(coarse, x.shape[2:]),
+            f"heads, cells of 2\n{legend}": paint(fine, x.shape[2:])}
 
 
 def main(argv=None):
@@ -436,9 +433,12 @@ def main(argv=None):
     # data, networks, optimizer, run
     data = Data(args)
     weight = args.weight
-    if labeled_only:  # labelled images alone, by an empty batch
-        data.unlabeled_batch, weight = 0, 0.0
-    maps = allowed_maps(data, args.boxes, args.tags)
+    if labeled_only:  # labelled images alone, by an empty batch, which needs no map
+        weight = 0.0
+        data.unlabeled_batch = 0
+        maps = torch.zeros(len(data.items), args.size, args.size, dtype=torch.uint8)
+    else:
+        maps = allowed_maps(data, args.boxes, args.tags)
     torch.manual_seed(args.seed)
     networks = place(build(data.channels, data.classes, args.width), args)
     if args.variant == "mean":
@@ -469,12 +469,12 @@ def main(argv=None):
             logits_u, multi_u = student(x_us)
         loss_sup = supervised_loss(logits_l, y_l)
         if deep:
-            loss_mlds = deep_loss(multi_l, y_l, nearest=args.variant == "nearest")  # L_deep
+            loss_heads = deep_loss(multi_l, y_l, nearest=args.variant == "nearest")
         else:
-            loss_mlds = mlds_loss(multi_l, y_l)
+            loss_heads = mlds_loss(multi_l, y_l)
         loss_pseudo = mlds_loss(multi_u, label_u)  # never the clean head
         lam = weight * ramp_up(step, RAMP * args.steps)
-        loss = loss_sup + loss_mlds + lam * loss_pseudo  # Eq. (8)
+        loss = loss_sup + loss_heads + lam * loss_pseudo  # Eq. (8)
 
         # 5 step
         lr = set_lr(optimizer, args.lr * poly_decay(step, args.steps))
@@ -489,7 +489,7 @@ def main(argv=None):
 
         # 7 log, validate, save
         agreement = (logits_u.argmax(1) == label_u).float().mean().nan_to_num()  # no x_u: 0
-        run.log(loss=loss, sup=loss_sup, mlds=loss_mlds, pseudo=loss_pseudo, lam=lam,
+        run.log(loss=loss, sup=loss_sup, heads=loss_heads, pseudo=loss_pseudo, lam=lam,
                 agreement=agreement, lr=lr)
         run.save(step)
 

@@ -287,6 +287,17 @@ def test_a_file_of_ids_stands_for_exactly_the_images_that_it_names(drawn, option
     assert "not hidden units" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["boxes", "tags"])
+def test_a_run_with_a_file_of_ids_resumes_from_any_directory(drawn, options, tmp_path, kind,
+                                                             monkeypatch):
+    unit = load(options(data=drawn)).units("unlabeled")[0]
+    (tmp_path / "ids.txt").write_text(unit)
+    monkeypatch.chdir(tmp_path)
+    folder = mlds.main(options(f"--{kind}", "ids.txt", data=drawn, steps=1))["folder"]
+    monkeypatch.chdir("/")
+    assert mlds.main(["--resume", folder])["folder"] == folder
+
+
 def test_split_seed_chooses_the_units_and_lists_the_split(half_masked, options):
     """With lists the split is the same for every --split-seed, but other units have boxes."""
     data = load(options("--labeled", "2", data=half_masked))

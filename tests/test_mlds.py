@@ -261,7 +261,7 @@ def test_eq8_main_total_objective(variant, lam, networks, options):
     for row in rows:
         assert (row["lam"] > 0) == (lam > 0)
         assert (row["pseudo"] > 0) == (row["agreement"] > 0) == (lam > 0)
-        total = row["sup"] + row["mlds"] + row["lam"] * row["pseudo"]
+        total = row["sup"] + row["heads"] + row["lam"] * row["pseudo"]
         assert row["loss"] == pytest.approx(total, rel=1e-5)
     assert rows[-1]["lam"] == lam  # after the ramp
     assert sorted(results["networks"]) == sorted(networks)
@@ -284,7 +284,7 @@ def test_variants_for_masks_differ_in_their_loss_alone(options):
         argv = options("--variant", variant, "--val-every", "1", steps=1)
         [rows[variant]] = rows_of(mlds.main(argv)["folder"])
     assert rows["deep"]["sup"] == rows["nearest"]["sup"] == rows["mlds"]["sup"]
-    assert len({row["mlds"] for row in rows.values()}) == 3
+    assert len({row["heads"] for row in rows.values()}) == 3
 
 
 @pytest.mark.parametrize("variant", ["mlds", "deep"])
@@ -391,4 +391,4 @@ def test_training_uses_the_annotations(phantom, options):
     assert without["pseudo"] != pytest.approx(expected, rel=1e-2)
     for other in (row, without):  # what masks teach stays the same
         assert other["sup"] == pytest.approx(loss_sup.item(), rel=1e-4)
-        assert other["mlds"] == pytest.approx(loss_mlds.item(), rel=1e-4)
+        assert other["heads"] == pytest.approx(loss_mlds.item(), rel=1e-4)
