@@ -38,9 +38,8 @@ Differences
     -------------------------------------+--------------------------------------+-------------------
     The network best on validation       | The network at the end of the stage  | ?
     labels the images.                   | labels them; the learning rate is    |
-                                         | near 0 then.                         |
-    A dense CRF cleans the pseudo-       | No CRF.                              | ?
-    labels.                              |                                      |
+                                         | near 0 then, and restarts.           |
+    A dense CRF cleans pseudo-labels.    | No CRF.                              | ?
     The sum over pairs is divided again  | All terms count alike. Had the code  | ?
     after every pair: the last of ten    | divided once, its loss would be      |
     has weight 0.2, the one before 0.011 | twice ours.                          |
@@ -50,9 +49,8 @@ Differences
                                          | make Eq. (4) constant.               |
     Images hold every class (code).      | A class that an image lacks is left  | ?
                                          | out of its terms.                    |
-    Images can be left out whose views   | --agreement compares the labels of   | ?
-    get other labels; by volume, views   | two strong views of an image.        |
-    turned and flipped.                  |                                      |
+    Volumes whose views, turned and      | --agreement compares the labels of   | ?
+    flipped, get other labels can go.    | two strong views of an image.        |
     Round 1 starts with a new            | It goes on with all weights and      | ?
     classifier, later ones from the      | Adam's state; stages' lengths are    |
     checkpoint best on validation (code).| [ours].                              |
@@ -81,6 +79,7 @@ from common import (
     heat,
     load_network,
     mixed_precision,
+    number,
     overlay,
     parse,
     parser,
@@ -93,7 +92,7 @@ from common import (
 )
 
 WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
-EMBEDDING = 16  # [paper] channels of the head
+EMBEDDING = 16  # [paper] channels of the projection head
 TAU = 0.1  # [paper] temperature
 ANCHORS = 3  # [paper] pixels sampled for each class and image
 ROUNDS = 3  # [paper] after stage 1, which trains on labelled images alone
@@ -126,10 +125,10 @@ def sample_anchors(z, masks, n):
     z (B, D, H, W), masks (B, K, H, W) bool -> (B, K, n, D), found (B, K, n) bool: False for the
     anchors that a class of fewer than n pixels lacks. Gradient flows into the sampled pixels.
     """
-    scores = torch.rand(masks.shape, device=z.device).masked_fill(~masks, -1)
-    scores, pixels = scores.flatten(2).topk(n)  # the pixels of the n largest random numbers
+    random = torch.rand(masks.shape, device=z.device).masked_fill(~masks, -1)  # (B, K, H, W)
+    largest, pixels = random.flatten(2).topk(n)  # (B, K, n): the pixels of the largest numbers
     image = torch.arange(len(z), device=z.device)[:, None, None]
-    return z.flatten(2).movedim(1, 2)[image, pixels], scores >= 0
+    return z.flatten(2).movedim(1, 2)[image, pixels], largest >= 0  # from (B, H W, D)
 
 
 def log_match(anchors, means, present, tau):
@@ -147,17 +146,19 @@ def intra_loss(anchors, found, means, present, tau):
     anchors (B, K, n, D), found (B, K, n), means (B, K, D), present (B, K) -> scalar, 0 without an
     anchor. Gradient flows into anchors and means. Example: K present classes, equal means: log K.
     """
-    log_q = log_match(anchors, means, present, tau).diagonal(dim1=1, dim2=3).mT  # (B, K, n)
-    return -log_q.where(found, 0).sum() / found.sum().clamp_min(1)
+    log_q = log_match(anchors, means, present, tau)  # (B, K, n, K)
+    own = log_q.diagonal(dim1=1, dim2=3).mT  # (B, K, n): the anchor's class and the mean's are one
+    return -own.where(found, 0).sum() / found.sum().clamp_min(1)
 
 
 def inter_loss(anchors, found, means, present, tau):
     """Eq. (5): L_inter = mean of −log q_c(z) and −log q_c'(z) over pairs x, x' and their anchors z.
 
     c: z's class in its own image, c': in the other, if it has the class; both images' means are in
-    the denominator. Pairs: first and last of the batch, and so on. Arguments, gradient: Eq. (4).
+    the denominator. Pairs: first and last, and so on. Arguments: Eq. (4). Equal means: log 2K.
     """
-    means, present = (torch.cat([m, m.flip(0)], 1) for m in (means, present))  # (B, 2K, ...)
+    means = torch.cat([means, means.flip(0)], 1)  # (B, 2K, D): own, then the partner's
+    present = torch.cat([present, present.flip(0)], 1)  # (B, 2K)
     same = torch.eye(anchors.shape[1], device=means.device).bool().repeat(1, 2)  # (K, 2K)
     positive = found[..., None] & same[:, None] & present[:, None, None]  # (B, K, n, 2K)
     log_q = log_match(anchors, means, present, tau)
@@ -171,18 +172,18 @@ def dice_agreement(label_1, label_2, classes):
     """
     k = torch.arange(1, classes, device=label_1.device)[:, None, None]
     a, b = label_1[:, None] == k, label_2[:, None] == k  # (B, K, H, W)
-    both, total = (a & b).sum((2, 3)), a.sum((2, 3)) + b.sum((2, 3))
-    return ((2 * both + (total == 0)) / (total + (total == 0))).mean(1)
+    overlap, total = (a & b).sum((2, 3)), a.sum((2, 3)) + b.sum((2, 3))  # (B, K)
+    return (2 * overlap / total).masked_fill(total == 0, 1).mean(1)
 
 
 # ----------------------------------------------------------------------------------------- Networks
 
 
 def build(channels, classes, width):
-    """The network, its head, and the network as it was when the round began: {name: network}."""
+    """The network, its projection head, the network at the round's begin: {name: network}."""
     network = UNet(channels, classes, width)
     labeler = copy.deepcopy(network).requires_grad_(False).eval()
-    return {"network": network, "head": projection_head(width, EMBEDDING), "labeler": labeler}
+    return {"network": network, "projection": projection_head(width, EMBEDDING), "labeler": labeler}
 
 
 def predict(networks, x):
@@ -191,8 +192,8 @@ def predict(networks, x):
 
 
 def embed(networks, x):
-    """Images (B, channels, H, W) -> logits (B, C, H, W), embeddings (B, 16, H, W), float32."""
-    network, projection = networks["network"], networks["head"]
+    """Images (B, channels, H, W) -> logits (B, C, H, W), embeddings (B, D, H, W), float32."""
+    network, projection = networks["network"], networks["projection"]
     features = network.decoder(network.encoder(x))[-1]
     return network.head(features).float(), projection(features).float()
 
@@ -208,7 +209,7 @@ def pictures(networks, x):
 
 
 def pseudo_labels(labeler, data, agreement, seed):
-    """-> labels (N, S, S) uint8 of the unlabelled images as they are; trusted (N,) bool."""
+    """-> labels (N, S, S) uint8 of unlabelled images, unaugmented; trusted (N,) bool: Eq. (6)."""
     labels = torch.zeros(len(data.items), *data.images.shape[2:], dtype=torch.uint8)
     trusted = torch.ones(len(labels), dtype=torch.bool)
     gpus = [data.args.device] if data.args.device.startswith("cuda") else []
@@ -219,8 +220,7 @@ def pseudo_labels(labeler, data, agreement, seed):
             labels[chunk] = labeler(x).argmax(1).byte().cpu()
             if agreement > 0:
                 label_1, label_2 = labeler(strong(x)).argmax(1), labeler(strong(x)).argmax(1)
-                alike = dice_agreement(label_1, label_2, data.classes).cpu()
-                trusted[chunk] = alike >= agreement
+                trusted[chunk] = dice_agreement(label_1, label_2, data.classes).cpu() >= agreement
     return labels, trusted
 
 
@@ -233,7 +233,7 @@ def main(argv=None):
         help="L_cont: Eq. (5) or Eq. (4); none: plain self-training, L_sup(x_u, ŷ_u) in the place "
         "of λ L_cont (%(default)s) [paper]")
     add("--init", metavar="FILE", help="start from a run's best.pt or last.pt, without stage 1")
-    add("--agreement", type=float, default=0.0,
+    add("--agreement", type=number(float, 0, 1), default=0.0,
         help="keep images whose two views' labels have at least this Dice, Eq. (6) (0: all)")
     args = parse(options, argv)
     if args.matching == "none" and args.agreement > 0:
@@ -244,10 +244,10 @@ def main(argv=None):
     data = Data(args)
     torch.manual_seed(args.seed)
     networks = place(build(data.channels, data.classes, args.width), args)
-    network, head, labeler = networks["network"], networks["head"], networks["labeler"]
+    network, labeler = networks["network"], networks["labeler"]
     if args.init:
         load_network(args.init, network)
-    parameters = [*network.parameters(), *head.parameters()]
+    parameters = [*network.parameters(), *networks["projection"].parameters()]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
     autocast, scaler = mixed_precision(args)
     run = Run(__file__, args, data, networks, [optimizer, scaler], predict, "network", pictures)
@@ -257,7 +257,7 @@ def main(argv=None):
     first = max(1, args.steps // 4)  # [ours] steps of stage 1
     if args.init:
         first = 0
-    starts = [0, first]  # where stage 1 and the rounds begin
+    starts = [0, first]  # where stage 1 and the rounds begin; last, the end
     for k in range(1, ROUNDS + 1):
         starts.append(first + k * (args.steps - first) // ROUNDS)
     labels = None
@@ -269,8 +269,7 @@ def main(argv=None):
         if stage > 0 and step == start:
             average_statistics(networks)  # several processes must compute the same labels
             labeler.load_state_dict(network.state_dict())
-            labels = None
-        if stage > 0 and labels is None:  # also if --resume begins within a round
+        if stage > 0 and (step == start or labels is None):  # None: --resume within a round
             labels, trusted = pseudo_labels(labeler, data, args.agreement, args.seed + stage)
 
         # 1 batch
@@ -286,7 +285,7 @@ def main(argv=None):
         with autocast():
             logits_l, z_l = embed(networks, x_ls)
         loss_sup = supervised_loss(logits_l, y_l)
-        loss_cont = lam = agreement = trust = torch.zeros(())
+        loss_cont = lam = agreement = trust = 0.0
         if stage > 0:  # stage 1 passes no unlabelled image, for BatchNorm's sake
             with autocast():
                 logits_u, z_u = embed(networks, x_us)

@@ -287,10 +287,16 @@ def test_plain_self_training_trains_the_classifier_and_not_the_head(options):
     results = st.main(options("--matching", "none", "--val-every", "8", steps=8))
     saved = last_of(Path(results["folder"]))
     torch.manual_seed(0)
-    head = st.build(1, 4, 4)["head"].state_dict()
-    for name, value in saved["networks"]["head"].items():
+    projection = st.build(1, 4, 4)["projection"].state_dict()
+    for name, value in saved["networks"]["projection"].items():
         if "weight" in name:  # no gradient: not even weight decay moves it
-            assert torch.equal(value, head[name])
+            assert torch.equal(value, projection[name])
+
+
+def test_agreement_in_percent_is_refused(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        st.main(options("--agreement", "80"))
+    assert stopped.value.code == 2 and "--agreement" in capsys.readouterr().err
 
 
 def test_agreement_without_contrast_is_refused(options, capsys):
@@ -413,6 +419,14 @@ def test_init_takes_the_headline_network(options):
     assert not torch.equal(network["head.weight"], saved["student"]["head.weight"])
 
 
+def test_a_run_with_init_resumes_from_any_directory(options, tmp_path, monkeypatch):
+    given = mean_teacher.main(options("--supervised", steps=1, out="first"))
+    monkeypatch.chdir(given["folder"])
+    folder = st.main(options("--init", "last.pt", steps=2))["folder"]
+    monkeypatch.chdir(tmp_path)
+    assert st.main(["--resume", folder])["folder"] == folder
+
+
 def checkpoint(classes=4, headline="student"):
     return {"headline": headline, "predict": "predict",
             "networks": {"student": UNet(1, classes, 4).state_dict()}}
@@ -447,30 +461,36 @@ def test_init_says_what_is_wrong(options, tmp_path, capsys, content, message):
     assert "--init" in error and "Expected" in error
 
 
-def test_agreement_leaves_images_out(make_dataset, options):
-    """Nobody agrees to more than 1: no unlabelled image is trusted, labelled ones still count.
+def nobody_agrees(monkeypatch):
+    """Every image is left out, whatever share --agreement asks for."""
+    monkeypatch.setattr(st, "dice_agreement", lambda label_1, *_: torch.zeros(len(label_1)))
+
+
+def test_agreement_leaves_images_out(make_dataset, options, monkeypatch):
+    """Where no unlabelled image is trusted, labelled ones still count.
 
     So the network's weights stay the same with noise in place of the unlabelled images; its
     BatchNorm's running statistics do not.
     """
+    nobody_agrees(monkeypatch)
     root, weights = make_dataset(), {}
     for images in ("given", "noise"):
         if images == "noise":
             draw_noise(options(data=root))
-        for agreement in (0, 1.1):
+        for agreement in (0, 0.8):
             argv = options("--agreement", agreement, "--val-every", "1", data=root, steps=3)
             results = st.main(argv)
             weights[images, agreement] = networks_of(results["folder"])["network"]
             rows = rows_of(results["folder"])
             assert all(row["cont"] > 0 for row in rows[1:])
-            if agreement > 1:
+            if agreement > 0:
                 assert [row["trusted"] for row in rows] == [0] * 3
             else:
                 assert [row["trusted"] for row in rows] == [0, 1, 1]
-    for agreement in (0, 1.1):
+    for agreement in (0, 0.8):
         one, other = weights["given", agreement], weights["noise", agreement]
         same = [torch.equal(one[name], other[name]) for name, _ in UNet(1, 3, 4).named_parameters()]
-        assert all(same) == (agreement > 1)
+        assert all(same) == (agreement > 0)
         assert not equal(one, other)
 
 
@@ -494,16 +514,17 @@ def test_agreement_draws_the_same_views_after_resume_and_leaves_the_stream_alone
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_binary_data_counts_background_as_a_class(make_dataset, options, classes):
+def test_binary_data_counts_background_as_a_class(make_dataset, options, classes, monkeypatch):
     """Images with one foreground class each: over the foreground alone Eq. (4) is 0.
 
-    --agreement 1.1, so that masks alone count, not what a network makes of other images.
+    No unlabelled image is trusted: masks alone count, not what a network makes of other images.
     """
+    nobody_agrees(monkeypatch)
     root = make_dataset(classes=2)
     for number, path in enumerate(sorted(root.glob("masks/*"))):
         mask = np.array(Image.open(path))
         Image.fromarray(mask * np.uint8(number % (classes - 1) + 1)).save(path)
-    argv = options("--matching", "intra", "--agreement", "1.1", "--val-every", "1",
+    argv = options("--matching", "intra", "--agreement", "0.8", "--val-every", "1",
                    "--classes", classes, data=root)
     rows = rows_of(st.main(argv)["folder"])
     for row in rows[1:]:
