@@ -25,6 +25,14 @@ def test_tables_are_those_of_the_results():
         assert (benchmark.RESULTS / f"{name}.csv").exists() == (f"<!-- table {name} -->" in README)
 
 
+def test_the_diff_is_that_of_the_two_files():
+    lines = README.partition("```diff\n")[2].partition("```")[0].splitlines()
+    for file, sign in (("mean_teacher.py", "-"), ("cps.py", "+")):
+        shown = [line[1:] for line in lines if line[0] in (" ", sign)]
+        assert len(shown) > 5
+        assert "\n".join(shown) in (ROOT / file).read_text(encoding="utf-8")
+
+
 def csv_line(row, seed, a, b):
     """A results line: a run with these Dice of the units a and b."""
     return {"row": row, "seed": seed, "headline": "yes", "last_dice": (a + b) / 2,
