@@ -357,3 +357,11 @@ def test_boxes_and_tags_are_refused_where_no_unlabelled_image_is_used(options, c
     with pytest.raises(SystemExit) as stopped:
         mlds.main(options("--variant", variant, kind, "1"))
     assert stopped.value.code == 2 and "Leave one of them out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variant", ["deep", "nearest", "mlds"])
+def test_variants_for_masks_open_no_boxes_and_tags(phantom, options, variant):
+    name = max(phantom.glob("images/*")).stem
+    for kind in ("boxes", "tags"):
+        write(phantom / kind / f"{name}.txt", "garbage")
+    mlds.main(options("--variant", variant, data=phantom, steps=1))

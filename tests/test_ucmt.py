@@ -133,6 +133,16 @@ def naive_umix(x, u_1, u_2, k):
     return out
 
 
+def test_eq5_umix_with_more_patches_to_mix_than_there_are():
+    """All change places; one patch an image stays where it is."""
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    one = torch.zeros(1, 1, 1)
+    assert torch.equal(ucmt.umix(x, one, one, 2), x)
+    u = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
+    rows = torch.tensor([2, 3, 0, 1])
+    assert torch.equal(ucmt.umix(x, u, u, 99), x[:, :, rows][:, :, :, rows])
+
+
 def test_eq5_umix_by_hand():
     """4 x 4 patches of 2 x 2 pixels; every patch holds its number, its pixels differ by tenths."""
     number = torch.arange(16.0).view(1, 4, 4)
