@@ -147,7 +147,7 @@ def intra_loss(anchors, found, means, present, tau):
     anchor. Gradient flows into anchors and means. Example: K present classes, equal means: log K.
     """
     log_q = log_match(anchors, means, present, tau)  # (B, K, n, K)
-    own = log_q.diagonal(dim1=1, dim2=3).mT  # (B, K, n): the anchor's class and the mean's are one
+    own = log_q.diagonal(dim1=1, dim2=3).mT  # (B, K, n): of each anchor's own class
     return -own.where(found, 0).sum() / found.sum().clamp_min(1)
 
 

@@ -295,8 +295,8 @@ def read_boxes(path, kind, classes):
         except ValueError:
             stop(f"{where}; expected: {form}")
         if not 0 < c < classes:
-            stop(f"{where}: class {str(c)[:20]}; expected 1 to {classes - 1}, as in masks. YOLO "
-                 "counts from 0? add 1. More classes than in the visible masks? --classes")
+            stop(f"{where}: class {str(c)[:20]}; expected 1 to {classes - 1}, as in masks "
+                 "(YOLO counts from 0? add 1; more classes? --classes)")
         sides = cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2
         inside = all(-1e-3 < side < 1 + 1e-3 for side in sides)  # 0.001 is rounding
         if not (inside and w > 0 and h > 0):

@@ -243,8 +243,8 @@ def pictures(networks, x, grid, k, mix):
     columns = heat("uncertainty 1", F.interpolate(u_1[:, None], x.shape[2:])[:, 0])  # (B, H, W)
     columns |= heat("uncertainty 2", F.interpolate(u_2[:, None], x.shape[2:])[:, 0])
     if mix == "umix":
-        place = torch.arange(x[:, 0].numel(), device=x.device).view(-1, *x.shape[2:])  # of a pixel
-        overwritten = umix(place, u_1, u_2, k) != place
+        pixel = torch.arange(x[:, 0].numel(), device=x.device).view(-1, *x.shape[2:])  # its number
+        overwritten = umix(pixel, u_1, u_2, k) != pixel
         columns["UMIX, patches"] = overlay(umix(x, u_1, u_2, k), overwritten.long())
     elif mix == "cutmix":
         mask = cutmix_mask(len(x), *x.shape[2:], BOXES, AREA, x.device)
