@@ -560,7 +560,8 @@ def start_alike(networks, seed):
 
 UNNAMED = {"data", "labeled", "seed", "supervised", "out", "resume", "device", "val_every", "cache"}
 AGAIN = {"device", "precision", "resume"}  # what may be typed again with --resume
-PATHS = {"data", "labeled", "init", "boxes", "tags"}  # files are kept as absolute paths
+PATHS = {"data", "init"}  # files or folders
+SPECS = {"labeled", "boxes", "tags"}  # a share, a number, or a file of ids
 
 
 def number(kind, minimum, maximum=math.inf):
@@ -653,6 +654,17 @@ def parse(parser, argv=None):
     return args
 
 
+def absolute(option, value):
+    """An option's value; of a file or folder the absolute path, so that --resume finds it again."""
+    if value is None:
+        return None
+    is_path = option in PATHS and os.path.exists(value)
+    is_file_of_ids = option in SPECS and os.path.isfile(value)
+    if is_path or is_file_of_ids:
+        return str(Path(value).resolve())
+    return value
+
+
 def fill_defaults(parser, args):
     """Fill in the options that depend on others; args.options: those off their defaults."""
     if args.data is None:
@@ -680,10 +692,8 @@ def fill_defaults(parser, args):
     if args.data is None:
         args.data = draw_phantom(Path(args.cache, f"phantom-{args.size}"), args.size)
         args.labeled = args.labeled or "10%"
-    for option in PATHS:
-        value = getattr(args, option, None)  # not every method has all of them
-        if value is not None and os.path.exists(value):
-            setattr(args, option, str(Path(value).resolve()))
+    for option, value in vars(args).items():
+        setattr(args, option, absolute(option, value))
 
 
 def check_saved(parser, saved, path):
@@ -721,8 +731,7 @@ def load_args(parser, argv, run):
         stop(f"--resume {run} has other options than this file. Resume it with its own.")
     check_saved(parser, saved, path)
     for option, value in vars(args).items():
-        if option in PATHS and value is not None and os.path.exists(value):
-            value = str(Path(value).resolve())
+        value = absolute(option, value)
         if option not in AGAIN and value != saved[option]:
             stop(f"--resume goes on with the run's own options: --{option.replace('_', '-')} is "
                  f"{saved[option]} there, {value} was typed. Leave it out.")

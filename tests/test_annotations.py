@@ -298,6 +298,14 @@ def test_a_run_with_a_file_of_ids_resumes_from_any_directory(drawn, options, tmp
     assert mlds.main(["--resume", folder])["folder"] == folder
 
 
+def test_a_folder_named_like_a_number_is_no_file_of_ids(drawn, options, tmp_path, monkeypatch):
+    (tmp_path / "2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = parse(parser(""), options("--labeled", "2", data=drawn))
+    assert args.labeled == "2"
+    mlds.main(options("--boxes", "2", data=drawn, steps=1))
+
+
 def test_split_seed_chooses_the_units_and_lists_the_split(half_masked, options):
     """With lists the split is the same for every --split-seed, but other units have boxes."""
     data = load(options("--labeled", "2", data=half_masked))
