@@ -41,12 +41,12 @@ ROWS = {  # row: file, its options (TWICE: double the steps), passes a step with
     "Contrastive": ("contrastive_st.py", [], "2 (first 1)"),
     FULL: ("mean_teacher.py", ["--supervised", "--labeled", "100%"], "1 + 1"),
 }
-ACDC = ["--size", "96", "--width", "16", "--steps", "3000"]
+REAL = ["--size", "96", "--width", "16"]
 SETS = {  # set: the options of its runs, but --data; DATA stands for its folder
     "phantom": ["--steps", "800"],
-    "acdc3": ["--labeled", "DATA/labeled_3.txt", *ACDC],
-    "acdc7": ["--labeled", "DATA/labeled_7.txt", *ACDC],
-    "isic": ["--labeled", "5%", "--size", "96", "--width", "16", "--steps", "1500"],
+    "acdc3": ["--labeled", "DATA/labeled_3.txt", *REAL, "--steps", "3000"],
+    "acdc7": ["--labeled", "DATA/labeled_7.txt", *REAL, "--steps", "3000"],
+    "isic": ["--labeled", "5%", *REAL, "--steps", "1500"],
 }
 COLUMNS = ["row", "seed", "network", "headline", "labeled", "split", "size", "width", "steps",
            "precision", "machine", "torch", "date", "seconds", "best_step"]
