@@ -45,7 +45,7 @@ REAL = ["--size", "96", "--width", "16"]
 SETS = {  # set: the options of its runs, but --data; DATA stands for its folder
     "phantom": ["--steps", "800"],
     "acdc3": ["--labeled", "DATA/labeled_3.txt", *REAL, "--steps", "3000"],
-    "acdc7": ["--labeled", "DATA/labeled_7.txt", *REAL, "--steps", "3000"],
+    "acdc7": ["--labeled", "DATA/labeled_7.txt", *REAL, "--steps", "1500"],
     "isic": ["--labeled", "5%", *REAL, "--steps", "1500"],
 }
 COLUMNS = ["row", "seed", "network", "headline", "labeled", "split", "size", "width", "steps",
