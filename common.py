@@ -667,15 +667,18 @@ def absolute(option, value):
 
 def fill_defaults(parser, args):
     """Fill in the options that depend on others; args.options: those off their defaults."""
+    with_gpu = {"size": 256, "width": 32, "steps": 10000}
     if args.data is None:
         defaults = {"size": 48, "width": 16, "steps": 800}
     elif torch.device(choose_device(args.device)).type == "cpu":
         defaults = {"size": 96, "width": 16, "steps": 2000}
-        if None in (args.size, args.width, args.steps):
-            print("no GPU: small defaults, --size 96 --width 16 --steps 2000 (with one 256, 32, "
-                  "10000)")
+        left_out = [option for option in defaults if getattr(args, option) is None]
+        if left_out:
+            small = " ".join(f"--{option} {defaults[option]}" for option in left_out)
+            large = ", ".join(str(with_gpu[option]) for option in left_out)
+            print(f"no GPU: small defaults, {small} (with one {large})")
     else:
-        defaults = {"size": 256, "width": 32, "steps": 10000}
+        defaults = with_gpu
     options = {}
     for option, value in vars(args).items():
         default = defaults.get(option, parser.get_default(option))
