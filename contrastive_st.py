@@ -64,8 +64,8 @@ Differences
     (The paper's opponent is plain self- | --matching none has it; the default  | none 79.9, 74.6
     training.)                           | is inter.                            | inter 79.4, 77.9
     ?: not tried. The numbers are Dice of the phantom's validation patients, --seed 10 and 11.
-    README's ACDC table of 7 patients, 1500 steps: 1.9 Dice below labelled-only, which trains for
-    all steps; here a round has 375 (75 Dice on validation after round 2, and after round 3).
+    README's ACDC table of 7 patients, 1500 steps: 1.9 Dice below labelled-only, whose rate falls
+    once; here it restarts every 375 steps (75 Dice on validation after round 2 and after round 3).
 """
 import copy
 

@@ -61,7 +61,7 @@ Differences
     The rate is 1e-4, constant; t of λ   | Poly decay; t of λ counts batches, t | ACDC, 1500
     and t of α count batches (code).     | of α counts optimizer steps.         | batches: 74.3,
                                          | The gradients of a batch's two steps | labelled-only 72.9
-                                         | have cosine 0.72 (two batches: 0.3). | 7 patients: -3.4
+                                         | have cosine 0.72 (two batches: 0.3). | (7 patients: -3.4)
     The checkpoint with the lowest       | The last one is reported.            | ?
     training loss is reported (code).    |                                      |
     The unlabelled batch is drawn from   | It holds no labelled image, unless   | ?
