@@ -46,6 +46,7 @@ SETS = {  # set: the options of its runs, but --data; DATA stands for its folder
     "phantom": ["--steps", "800"],
     "acdc3": ["--labeled", "DATA/labeled_3.txt", *REAL, "--steps", "3000"],
     "acdc7": ["--labeled", "DATA/labeled_7.txt", *REAL, "--steps", "1500"],
+    "acdc7_long": ["--labeled", "DATA/labeled_7.txt", *REAL, "--steps", "3000"],
     "isic": ["--labeled", "5%", *REAL, "--steps", "1500"],
 }
 COLUMNS = ["row", "seed", "network", "headline", "labeled", "split", "size", "width", "steps",
