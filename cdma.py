@@ -224,8 +224,10 @@ def main(argv=None):
     # options
     options = parser(__doc__)
     add = options.own.add_argument
-    add("--distill-weight", type=float, default=0.1, help="λ_1 of L_cdkd (%(default)s) [paper]")
-    add("--entropy-weight", type=float, default=0.1, help="λ_2 of L_um (%(default)s) [paper]")
+    add("--distill-weight", type=number(float, 0), default=0.1,
+        help="λ_1 of L_cdkd (%(default)s) [paper]")
+    add("--entropy-weight", type=number(float, 0), default=0.1,
+        help="λ_2 of L_um (%(default)s) [paper]")
     add("--temperature", type=number(float, 0.01), default=10.0,
         help="T of L_kd (%(default)s) [paper]")
     args = parse(options, argv)

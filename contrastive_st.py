@@ -230,7 +230,7 @@ def main(argv=None):
     # options
     options = parser(__doc__)
     add = options.own.add_argument
-    add("--weight", type=float, default=0.1, help="λ of L_cont (%(default)s) [paper]")
+    add("--weight", type=number(float, 0), default=0.1, help="λ of L_cont (%(default)s) [paper]")
     add("--matching", choices=["inter", "intra", "none"], default="inter",
         help="L_cont: Eq. (5) or Eq. (4); none: plain self-training, L_sup(x_u, ŷ_u) in the place "
         "of λ L_cont (%(default)s) [paper]")

@@ -71,6 +71,7 @@ from common import (
     heat,
     mixed_precision,
     overlay,
+    number,
     parse,
     parser,
     place,
@@ -160,7 +161,7 @@ def main(argv=None):
     # options
     options = parser(__doc__)
     add = options.own.add_argument
-    add("--weight", type=float, default=0.3, help="λ of L_cps (%(default)s) [ours]")
+    add("--weight", type=number(float, 0), default=0.3, help="λ of L_cps (%(default)s) [ours]")
     add("--cutmix", action=argparse.BooleanOptionalAction, default=True,
         help="mix unlabelled images (yes) [paper]")
     args = parse(options, argv)

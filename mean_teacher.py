@@ -83,6 +83,7 @@ from common import (
     heat,
     mixed_precision,
     parse,
+    number,
     parser,
     place,
     poly_decay,
@@ -167,7 +168,7 @@ def main(argv=None):
     # options
     options = parser(__doc__)
     add = options.own.add_argument
-    add("--weight", type=float, default=5.0, help="λ of L_cons (%(default)s) [ours]")
+    add("--weight", type=number(float, 0), default=5.0, help="λ of L_cons (%(default)s) [ours]")
     add("--supervised", action="store_true", help="labelled-only baseline; headline: the student")
     args = parse(options, argv)
 

@@ -86,6 +86,7 @@ from common import (
     check_readable,
     choose_images,
     mixed_precision,
+    number,
     parse,
     parser,
     place,
@@ -254,8 +255,8 @@ def boxes_of(mask):
     """Class numbers (H, W) -> [(c, cx, cy, w, h)], a box for each connected region but of 0."""
     height, width = mask.shape
     region, boxes = connected_regions(mask), []
-    for number in np.unique(region[mask > 0]):
-        y, x = np.nonzero(region == number)
+    for k in np.unique(region[mask > 0]):
+        y, x = np.nonzero(region == k)
         left, right = x.min() / width, (x.max() + 1) / width
         top, bottom = y.min() / height, (y.max() + 1) / height
         c = int(mask[y[0], x[0]])
@@ -275,8 +276,8 @@ def read_rows(path, kind):
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path} cannot be read as a text file: {error}")
     rows = []
-    for number, line in enumerate(lines, 1):
-        where, words = f"{path}, line {number}: {line[:80]!r}", line.split()
+    for n, line in enumerate(lines, 1):
+        where, words = f"{path}, line {n}: {line[:80]!r}", line.split()
         if kind == "tags":
             rows += [(where, [word, *WHOLE]) for word in words]
         elif words:
@@ -419,7 +420,7 @@ def main(argv=None):
         help="labelled images alone: deep, nearest (Eq. 3) or mlds (Eq. 2); all images: self, the "
         "paper's self-taught (the student labels), or mean, mean-taught (the teacher labels) "
         "(%(default)s)")
-    add("--weight", type=float, default=0.3, help="λ of L_MLDS(Ŷ) (%(default)s) [ours]")
+    add("--weight", type=number(float, 0), default=0.3, help="λ of L_MLDS(Ŷ) (%(default)s) [ours]")
     add("--boxes", metavar="SPEC",
         help="20%%, say, of the units whose masks are hidden get boxes, computed from these masks")
     add("--tags", metavar="SPEC", help="30%%, say, of them get image-level labels")

@@ -256,8 +256,8 @@ def main(argv=None):
     # options
     options = parser(__doc__)
     add = options.own.add_argument
-    add("--weight", type=float, default=0.1, help="w of L_u (%(default)s) [code]")
-    add("--teacher-mix", type=float, default=0.99, metavar="β",
+    add("--weight", type=number(float, 0), default=0.1, help="w of L_u (%(default)s) [code]")
+    add("--teacher-mix", type=number(float, 0, 1), default=0.99, metavar="β",
         help="student 1's share in the teacher (%(default)s) [code]")
     add("--grid", type=number(int, 1), default=16, help="UMIX patches a side (%(default)s) [paper]")
     add("--top-k", type=number(int, 0), default=2, help="k of UMIX (%(default)s) [paper]")

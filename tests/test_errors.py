@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import last_of, run_folder
+from conftest import last_of, main_of, run_folder
 from PIL import Image
 
 import common
@@ -243,6 +243,16 @@ def test_bad_input(damage, more, message, make_dataset, options, tmp_path, capsy
     error = error_of(capsys, mean_teacher.main, options(*more, data=root))
     assert re.search(message, error), error
     assert not list(tmp_path.glob("runs/*/*")), "no run folder is left behind"
+
+
+@pytest.mark.parametrize("method, option", [
+    ("mean_teacher", "--weight"), ("cps", "--weight"), ("ucmt", "--weight"),
+    ("ucmt", "--teacher-mix"), ("cdma", "--distill-weight"), ("cdma", "--entropy-weight"),
+    ("mlds", "--weight"), ("contrastive_st", "--weight")])
+def test_a_negative_weight_is_refused(method, option, options, capsys):
+    """It would reward what its term is against."""
+    error = error_of(capsys, main_of(method), options(f"{option}=-1"))
+    assert f"{option}: -1 was given, " in error
 
 
 def test_labeled_is_needed_where_all_images_have_masks(make_dataset, options, capsys):
