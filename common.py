@@ -1956,7 +1956,9 @@ TO_RESUME = (*TO_PREDICT, "parts", "random", "drawn", "rows", "best", "seconds")
 
 
 def load_checkpoint(path, what, keys=TO_PREDICT):
-    """A checkpoint file's content; stops with a message if it is none, or damaged."""
+    """The content of a checkpoint, or of a run folder's last.pt; stops if it cannot be used."""
+    if path.is_dir():
+        path = path / "last.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = [key for key in keys if key not in state]
@@ -1991,8 +1993,6 @@ def load_run(path, device="cpu"):
     The networks are built by the method's file, which must lie beside this one.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / "last.pt"
     state = load_checkpoint(path, "run")
     file = state["file"]
     if not (file.isidentifier() and Path(__file__).with_name(f"{file}.py").exists()):
@@ -2014,15 +2014,20 @@ def load_run(path, device="cpu"):
     return LoadedRun(state, networks, predict, device)
 
 
-def load_network(path, network):
-    """--init: copy the weights of a run's headline network into this one, if they fit."""
-    state = load_checkpoint(Path(path), "--init", ("headline", "networks"))
+def load_network(args, network):
+    """--init: copy the weights of a run's headline network into this one, if they fit.
+
+    Not when the run resumes from a checkpoint of its own: that has newer ones.
+    """
+    if args.resume and Path(args.resume, "last.pt").exists():
+        return
+    state = load_checkpoint(Path(args.init), "--init", ("headline", "networks"))
     try:
         network.load_state_dict(state["networks"][state["headline"]])
     except (KeyError, RuntimeError):  # KeyError: a branch of a network, not a network
-        stop(f"--init {path}: its {state['headline']} has other layers or sizes than this run. "
-             "Expected the U-Net of a run on the same dataset and with the same --width.")
-    print(f"--init: starting from {state['headline']} of {path}")
+        stop(f"--init {args.init}: its {state['headline']} has other layers or sizes than this "
+             "run. Expected the U-Net of a run on the same dataset and with the same --width.")
+    print(f"--init: starting from {state['headline']} of {args.init}")
 
 
 def segment(run, image, network=None):

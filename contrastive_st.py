@@ -234,7 +234,7 @@ def main(argv=None):
     add("--matching", choices=["inter", "intra", "none"], default="inter",
         help="L_cont: Eq. (5) or Eq. (4); none: plain self-training, L_sup(x_u, ŷ_u) in the place "
         "of λ L_cont (%(default)s) [paper]")
-    add("--init", metavar="FILE", help="start from a run's best.pt or last.pt, without stage 1")
+    add("--init", metavar="RUN", help="start from a run's folder or checkpoint, without stage 1")
     add("--agreement", type=number(float, 0, 1), default=0.0,
         help="keep images whose two views' labels have at least this Dice, Eq. (6) (0: all)")
     args = parse(options, argv)
@@ -248,7 +248,7 @@ def main(argv=None):
     networks = place(build(data.channels, data.classes, args.width), args)
     network, labeler = networks["network"], networks["labeler"]
     if args.init:
-        load_network(args.init, network)
+        load_network(args, network)
     parameters = [*network.parameters(), *networks["projection"].parameters()]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
     autocast, scaler = mixed_precision(args)

@@ -419,6 +419,26 @@ def test_init_takes_the_headline_network(options):
     assert not torch.equal(network["head.weight"], saved["student"]["head.weight"])
 
 
+def test_init_takes_a_run_folder(options, capsys):
+    given = mean_teacher.main(options("--supervised", steps=1, out="first"))["folder"]
+    st.main(options("--init", given, steps=1))
+    assert f"starting from student of {given}" in capsys.readouterr().out
+
+
+def test_a_run_with_init_resumes_without_the_file_once_it_has_a_checkpoint(options, capsys):
+    given = mean_teacher.main(options("--supervised", steps=1, out="first"))["folder"]
+    file = Path(given, "last.pt")
+    folder = st.main(options("--init", file, steps=2))["folder"]
+    file.rename(f"{file}.moved")
+    capsys.readouterr()
+    assert st.main(["--resume", folder])["folder"] == folder
+    assert "starting from" not in capsys.readouterr().out
+    Path(folder, "last.pt").unlink()
+    with pytest.raises(SystemExit):
+        st.main(["--resume", folder])
+    assert f"--init: {file} cannot be used" in capsys.readouterr().err
+
+
 def test_a_run_with_init_resumes_from_any_directory(options, tmp_path, monkeypatch):
     given = mean_teacher.main(options("--supervised", steps=1, out="first"))
     monkeypatch.chdir(given["folder"])
