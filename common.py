@@ -843,18 +843,18 @@ def slice_order(name):
     return volume, number, name
 
 
-def list_files(folder):
-    """A folder's images {name: path}, slices of a volume in order."""
+def list_files(folder, endings=ENDINGS):
+    """A folder's files with these endings {name: path}, slices of a volume in order."""
     files = {}
     try:
         paths = sorted(folder.iterdir())
     except OSError as error:
         stop(f"{folder} cannot be read ({error.strerror}). {LAYOUT}")
     for path in paths:
-        if path.suffix.lower() not in ENDINGS or path.name.startswith("."):
+        if path.suffix.lower() not in endings or path.name.startswith("."):
             continue
         if not path.is_file():
-            stop(f"{path} is a folder or a broken link, not an image. Remove it.")
+            stop(f"{path} is a folder or a broken link, not a file. Remove it.")
         check_readable(path)
         name = unicodedata.normalize("NFC", path.stem)  # é has two forms
         if name in files:

@@ -83,8 +83,8 @@ from common import (
     Data,
     Run,
     UNet,
-    check_readable,
     choose_images,
+    list_files,
     mixed_precision,
     number,
     parse,
@@ -315,17 +315,15 @@ def annotations(data, kind, spec):
     number_of = {item.name: i for i, item in enumerate(data.items)}
     found = {}
     folder = Path(data.args.data, kind)
-    paths = []
+    files = {}
     if folder.is_dir():
-        paths = sorted(path for path in folder.iterdir()
-                       if path.suffix.lower() == ".txt" and not path.name.startswith("."))
-    for path in paths:
-        check_readable(path)
+        files = list_files(folder, (".txt",))
+    for name, path in files.items():
         if path.suffix != ".txt":
             stop(f"{path}: expected the ending .txt. Rename it.")
-        if path.stem not in number_of or not path.is_file():
-            stop(f"{path}: no image has this name, or it is no file. Rename or remove it.")
-        found[number_of[path.stem]] = read_boxes(path, kind, data.classes)
+        if name not in number_of:
+            stop(f"{path}: no image has this name. Rename or remove it.")
+        found[number_of[name]] = read_boxes(path, kind, data.classes)
     if not spec:
         return found
     hidden = [i for i in data.indices("unlabeled") if data.items[i].mask is not None]

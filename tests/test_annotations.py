@@ -188,7 +188,7 @@ def test_a_file_that_is_no_text_and_a_folder(phantom, options, tmp_path, capsys)
     assert f"{name} cannot be read as a text file" in error
     (phantom / "boxes" / name).unlink()
     (phantom / "boxes" / name).mkdir()
-    assert "it is no file" in refused(options(data=phantom), tmp_path, capsys)
+    assert "is a folder or a broken link" in refused(options(data=phantom), tmp_path, capsys)
 
 
 @pytest.mark.parametrize("more, message", [

@@ -26,6 +26,7 @@ from test_commands import GAIN, compare, fake_run
 
 import common
 import mean_teacher
+import mlds
 from common import Data, Run, parse, parser
 
 pytestmark = pytest.mark.slow
@@ -428,6 +429,17 @@ def test_a_mask_and_its_image_in_two_unicode_forms(make_dataset, options, capsys
         return
     [item] = [item for item in data.items if not item.name.startswith("case")]
     assert item.mask is not None
+
+
+def test_boxes_in_another_unicode_form(make_dataset, options):
+    root = make_dataset()
+    for part in ("images", "masks"):
+        rename_to(root / part / "case00.png", other_forms()[0])
+    (root / "boxes").mkdir()
+    (root / "boxes" / f"{other_forms()[1]}.txt").write_text("1 0.5 0.5 1 1")
+    data = data_of(options(data=root))
+    [number] = mlds.annotations(data, "boxes", None)
+    assert data.items[number].name == other_forms()[0]
 
 
 def test_an_id_in_another_unicode_form(make_dataset, options, capsys):
