@@ -14,7 +14,7 @@ Idea
         x'  ---> network 1 ---> P_1 <-- cross-entropy -- Ŷ_2, mixed <--- network 2 <--- x_u
         x'  ---> network 2 ---> P_2 <-- cross-entropy -- Ŷ_1, mixed <--- network 1 <--- x_u
         x_l ---> both networks ---> supervised loss <--- y     (no gradient through any Ŷ)
-        x': strong view of x_u, mixed by CutMix
+        x': x_u mixed by CutMix, then its strong view
 
 Run
     python cps.py                                      # the built-in phantom
@@ -60,6 +60,7 @@ Differences
     where nothing else is said.
 """
 import argparse
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -70,8 +71,8 @@ from common import (
     UNet,
     heat,
     mixed_precision,
-    overlay,
     number,
+    overlay,
     parse,
     parser,
     place,
@@ -147,13 +148,15 @@ def predict(networks, x):
     return probs | {"ensemble": (probs["network 1"] + probs["network 2"]) / 2}
 
 
-def pictures(networks, x):
+def pictures(networks, x, mix):
     """Columns of preview.png: where the networks correct each other, and what CutMix makes."""
     label_1, label_2 = networks["network 1"](x).argmax(1), networks["network 2"](x).argmax(1)
-    mask = cutmix_mask(len(x), *x.shape[2:], BOXES, AREA, x.device)
-    mixed = cutmix(x, mask)
     columns = heat("disagreement", (label_1 != label_2).float())
-    columns |= {"CutMix image": mixed, "its labels by 2": overlay(mixed, cutmix(label_2, mask))}
+    if mix:
+        mask = cutmix_mask(len(x), *x.shape[2:], BOXES, AREA, x.device)
+        mixed = cutmix(x, mask)
+        columns["CutMix image"] = mixed
+        columns["its labels by 2"] = overlay(mixed, cutmix(label_2, mask))
     return columns
 
 
@@ -174,7 +177,8 @@ def main(argv=None):
     parameters = [*network_1.parameters(), *network_2.parameters()]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY)
     autocast, scaler = mixed_precision(args)
-    run = Run(__file__, args, data, networks, [optimizer, scaler], predict, "network 1", pictures)
+    show = partial(pictures, mix=args.cutmix)
+    run = Run(__file__, args, data, networks, [optimizer, scaler], predict, "network 1", show)
 
     for step in run.steps():
         # 1 batch
