@@ -10,8 +10,7 @@ Idea
     it. A small head gives every pixel an embedding. A few pixels of each foreground class are
     pulled towards the mean embedding of their class, in their own image and in another one, and
     away from the means of other classes. A class mean hardly changes when a few of its pixels are
-    wrong. Three rounds follow; before the second and the third the network labels the images again.
-    The last network is the result.
+    wrong. Three rounds follow, with new labels before the last two. The last network is the result.
 
         x_u ---> labeler, the network when the round began ---> ŷ_u, kept for the round
         x_l ------> network ---> P ----- supervised loss ------ y
@@ -60,7 +59,7 @@ Differences
     (Other code draws labelled images    | The unlabelled batch holds no        | ?
     for the unlabelled batch, too.)      | labelled image, unless all are.      |
     Other networks, optimizers and       | U-Net, AdamW, CE + Dice, as in all   | ?
-    losses.                              | six files.                           |
+    losses.                              | six files; x_l and x_u in two passes.|
     (The paper's opponent is plain self- | --matching none has it; the default  | none 79.9, 74.6
     training.)                           | is inter.                            | inter 79.4, 77.9
     ?: not tried. The numbers are Dice of the phantom's validation patients, --seed 10 and 11.
@@ -157,7 +156,8 @@ def inter_loss(anchors, found, means, present, tau):
     """Eq. (5): L_inter = mean of −log q_c(z) and −log q_c'(z) over pairs x, x' and their anchors z.
 
     c: z's class in its own image, c': in the other, if it has the class; both images' means are in
-    the denominator. Pairs: first and last, and so on. Arguments: Eq. (4). Equal means: log 2K.
+    the denominator. Pairs: first and last, and so on (the middle image of an odd number is its own
+    partner). Arguments: Eq. (4). Equal means: log 2K.
     """
     means = torch.cat([means, means.flip(0)], 1)  # (B, 2K, D): own, then the partner's
     present = torch.cat([present, present.flip(0)], 1)  # (B, 2K)
@@ -234,7 +234,7 @@ def main(argv=None):
     add("--matching", choices=["inter", "intra", "none"], default="inter",
         help="L_cont: Eq. (5) or Eq. (4); none: plain self-training, L_sup(x_u, ŷ_u) in the place "
         "of λ L_cont (%(default)s) [paper]")
-    add("--init", metavar="RUN", help="start from a run's folder or checkpoint, without stage 1")
+    add("--init", metavar="RUN", help="start with the weights of a run, without stage 1")
     add("--agreement", type=number(float, 0, 1), default=0.0,
         help="keep images whose two views' labels have at least this Dice, Eq. (6) (0: all)")
     args = parse(options, argv)

@@ -107,6 +107,7 @@ def cutmix_mask(b, h, w, boxes, area, device):
 
     -> bool (B, H, W), drawn for each image; no gradient. A box of share s has the sides H √s e^a
     and W √s e^-a, a ~ U(-1/2, 1/2) [ours], at most the image's, and lies wholly inside.
+    Example: one box, area (0.25, 0.25) of 48 × 48 pixels: 24 × 24 of them if a is 0.
     """
     low, high = area
     shape = b, boxes, 1, 1
@@ -128,6 +129,7 @@ def cutmix(x, mask):
 
     x: images (B, channels, H, W) or label maps (B, H, W); mask: bool (B, H, W). -> the shape of x.
     Gradient flows into x. A single image is its own partner.
+    Example: rows (1, 2) and (3, 4), M = (1, 0) for both: (3, 2) and (1, 4).
     """
     if x.dim() == 4:
         mask = mask[:, None]  # the same for all channels

@@ -50,11 +50,11 @@ Differences
     the others (code).                   |                                      |
     BCE is summed over the batch (code). | A mean, so that the rate does not    | ?
                                          | depend on the batch size.            |
-    (λ and its ramp are not the          | λ = 0.3 with a ramp [ours].          | λ 1: 49, 0.3: 56,
-    paper's.)                            |                                      | 0.05: 53, CE alone
-    (BatchNorm in the teacher is not     | It labels normalised by the batch;   | as in
-    described.)                          | for scores, its running statistics   | mean_teacher.py
-                                         | are the student's.                   |
+    (λ and its ramp are not the          | λ(t) is that of mean_teacher.py with | λ 1: 49, 0.3: 56,
+    paper's.)                            | 0.3 in the place of 5 [ours].        | 0.05: 53, CE alone
+    (BatchNorm in the teacher is not     | It labels normalised by the batch,   | as in
+    described.)                          | scores by the student's statistics;  | mean_teacher.py
+                                         | with self, weak views enter them.    |
     (The paper's opponents, for labelled | The clean head and the heads stay,   | deep 75.6, 68.7 †
     images alone: deep, nearest.)        | L_deep is in the place of L_MLDS.    | nearest 75.8, 74.2
                                          | --variant mlds: L_MLDS, without Ŷ.   | mlds 75.5, 71.4
@@ -432,7 +432,7 @@ def main(argv=None):
     # data, networks, optimizer, run
     data = Data(args)
     weight = args.weight
-    if labeled_only:  # labelled images alone, by an empty batch, which needs no map
+    if labeled_only:  # labelled images alone: the other batch is empty, its maps say nothing
         weight = 0.0
         data.unlabeled_batch = 0
         maps = torch.zeros(len(data.items), args.size, args.size, dtype=torch.uint8)

@@ -9,8 +9,7 @@ Idea
     teacher, which sees the weak view. The teacher's weights are a running average of (mostly)
     student 1's. Then the same images come a second time, mixed (UMIX): the patches where one
     student is least certain are overwritten by patches of the same image where the other student
-    is most certain, and all three predict anew. The mixed batch is called X'. The teacher is used
-    in the end.
+    is most certain, and all three predict this X' anew. The teacher is used in the end.
 
         strong view 1 ---> student 1 ---> P_1 <--- Dice --- Ŷ_2, Ŷ_T
         weak view     ---> teacher   ---> P_T ---> Ŷ_T     (no gradient through any Ŷ)
@@ -33,7 +32,8 @@ Equations (numbers are this file's)
     Eq. (7)  cutmix       the image, or label map, that is mixed so
     Eq. (8)  ema_decay    α, the share that the teacher keeps: 0 at first, then up to 0.99
     Eq. (9)  ema_update   teacher weights: running average of the students'
-    Eq. (10) main         L = L_s + w λ(t) L_u, L_u = (L_cps + L_mts) / 2; a step on X, one on X'
+    Eq. (10) main         L = L_s + w λ(t) L_u, L_u = (L_cps + L_mts) / 2; a step on X, one on X';
+                          L_s: both students'; λ(t) = exp(−5 (1 − t/T)²) up to T, then 1
 
 Differences
     paper or authors' code               | here                                 | does it matter?
@@ -58,10 +58,10 @@ Differences
     The encoder is pretrained, L_s is    | U-Nets from random weights; CE +     | CE in L_u: 80.9,
     Dice alone (code).                   | Dice, as in all six files. L_u is    | 79.4, Dice alone
                                          | Dice alone, as there.                | 80.7, 78.7 †
-    The rate is 1e-4, constant; t of λ   | Poly decay; t of λ counts batches, t | ACDC, 1500
-    and t of α count batches (code).     | of α counts optimizer steps.         | batches: 74.3,
-                                         | The gradients of a batch's two steps | labelled-only 72.9
-                                         | have cosine 0.72 (two batches: 0.3). | (7 patients: -3.4)
+    The rate is 1e-4, constant; t of λ   | Poly decay; t of α counts optimizer  | README, 3 patients
+    and t of α count batches; T is 5 of  | steps; T: 0.3 of all. Gradients of a | of ACDC: +0.7
+    25 epochs (code).                    | batch's two steps have cosine 0.72   | (seed 0: -0.3),
+                                         | (two batches: 0.3).                  | 7 patients: -3.4
     The checkpoint with the lowest       | The last one is reported.            | ?
     training loss is reported (code).    |                                      |
     The unlabelled batch is drawn from   | It holds no labelled image, unless   | ?
@@ -101,7 +101,7 @@ from common import (
 
 WEIGHT_DECAY = 1e-2  # [ours] AdamW's, the same in all six files
 EMA_DECAY = 0.99  # [paper]
-RAMP = 0.3  # [ours] share of the steps over which lambda grows; [code] 5 of 25 epochs
+RAMP = 0.3  # [ours] share of the steps over which lambda grows
 BOXES = 3  # [code] boxes of --mix cutmix, as in cps.py
 AREA = (0.25, 0.5)  # [code] their total share of the image, before overlap, as in cps.py
 
