@@ -1260,7 +1260,8 @@ def read_mask(path):
         between = (array >= 40) & (array < 216)
         inside = between[1:-1, 1:-1] & between[:-2, 1:-1] & between[2:, 1:-1]
         inside &= between[1:-1, :-2] & between[1:-1, 2:]
-        if inside.sum() > 0.02 * (array >= 40).sum():  # areas between 0 and 255, not edges
+        numbers = 0 < array.max() <= 127  # 0, 1, 2, ..., of which nothing would be left
+        if numbers or inside.sum() > 0.02 * (array >= 40).sum():  # areas between, not edges
             raise ValueError(f"{path.name}: a JPEG of other values than 0 and 255, which it blurs; "
                              "save masks as PNG")
         return np.where(array > 127, 255, 0).astype(np.uint8)
@@ -1319,7 +1320,7 @@ def fingerprint(path):
 
 def cache_path(what, files, args):
     """Where the decoded files lie, or will lie: a name made of all that they depend on."""
-    content = ("v6", what, args.size, [fingerprint(path) for path in files])
+    content = ("v7", what, args.size, [fingerprint(path) for path in files])
     key = hashlib.sha256(repr(content).encode()).hexdigest()[:20]
     return Path(args.cache, f"{key}.pt")
 

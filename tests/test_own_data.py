@@ -299,6 +299,7 @@ def two_squares(first, second, side):
 @pytest.mark.parametrize("quality", [75, 95])
 @pytest.mark.parametrize("first, second, side", [
     (128, 255, 40), (128, 255, 16), (100, 200, 40), (50, 255, 40), ((255, 0, 0), (0, 255, 0), 40),
+    (1, 2, 40), (1, 31, 16),
     ((255, 255, 255), (0, 64, 0), 40)])
 def test_jpeg_masks_of_more_than_black_and_white_are_refused(tmp_path, first, second, side,
                                                             quality):
@@ -807,6 +808,10 @@ def test_dark_images_of_16_bits_are_scaled(make_dataset, options, capsys):
     assert "used from 0 to 255" in out and "no problem found" in out
 
 
-def test_readme_says_how_to_store_dark_images_as_16_bit():
+def test_readme_says_how_to_store_dark_images_as_16_bit(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.search(r"[Dd]ark", text) and "uint16" in text
+    line = re.search(r"[Dd]ark(.|\n)*?`numpy.save\(NAME, (.*)\)` makes `NAME.npy`", text)
+    path = tmp_path / "dark.jpg"
+    Image.new("RGB", (4, 5), (9, 9, 9)).save(path)
+    array = eval(line[2], {"numpy": np, "Image": Image, "path": path})
+    assert array.dtype == np.uint16 and array.shape == (5, 4, 3) and (array == 9).all()
