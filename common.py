@@ -738,6 +738,9 @@ def load_args(parser, argv, run):
         if option not in AGAIN and value != saved[option]:
             stop(f"--resume goes on with the run's own options: --{option.replace('_', '-')} is "
                  f"{saved[option]} there, {value} was typed. Leave it out.")
+    phantom = Path(saved["cache"], f"phantom-{saved['size']}")
+    if saved["data"] == str(phantom.resolve()):
+        draw_phantom(phantom, saved["size"])  # again, if the cache was deleted
     return argparse.Namespace(**saved | {option: getattr(args, option) for option in AGAIN})
 
 
@@ -829,6 +832,11 @@ LAYOUT = (f"Expected PATH/images/NAME.png and PATH/masks/NAME.png, with the endi
           f"{' '.join(ENDINGS)}; see README, Your own data.")
 
 
+def name_of(path):
+    """An image's name: its file's, without the ending, in one of the two forms that é, say, has."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
 def parse_name(name):
     """Image name -> (unit, volume, slice number); a name that is not a slice's is its own unit."""
     match = SLICE.match(name)
@@ -856,7 +864,7 @@ def list_files(folder, endings=ENDINGS):
         if not path.is_file():
             stop(f"{path} is a folder or a broken link, not a file. Remove it.")
         check_readable(path)
-        name = unicodedata.normalize("NFC", path.stem)  # é has two forms
+        name = name_of(path)
         if name in files:
             stop(f"two files for {name}: {files[name].name} and {path.name}. Keep one.")
         files[name] = path
@@ -1697,9 +1705,10 @@ class Run:
             explain(kind, error, trace)
         elif self.saved_step > 0:
             print(f"\ninterrupted. To continue after step {self.saved_step}, the last checkpoint: "
-                  f"python {self.file}.py --resume {self.folder}")
+                  f'python {self.file}.py --resume "{self.folder}"')
         else:
-            print(f"\ninterrupted before the first checkpoint; --resume {self.folder} starts anew")
+            print("\ninterrupted before the first checkpoint; to start anew: "
+                  f'python {self.file}.py --resume "{self.folder}"')
 
     def steps(self):
         """0, 1, ... below --steps, with a progress bar; --resume begins at the checkpoint."""
@@ -1956,10 +1965,16 @@ TO_PREDICT = ("file", "method", "step", "headline", "predict", "size", "width", 
 TO_RESUME = (*TO_PREDICT, "parts", "random", "drawn", "rows", "best", "seconds")
 
 
-def load_checkpoint(path, what, keys=TO_PREDICT):
-    """The content of a checkpoint, or of a run folder's last.pt; stops if it cannot be used."""
+def checkpoint_file(path):
+    """A run folder's last.pt; a checkpoint file itself."""
+    path = Path(path)
     if path.is_dir():
-        path = path / "last.pt"
+        return path / "last.pt"
+    return path
+
+
+def load_checkpoint(path, what, keys=TO_PREDICT):
+    """A checkpoint file's content; stops with a message if it is none, or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = [key for key in keys if key not in state]
@@ -1993,10 +2008,10 @@ def load_run(path, device="cpu"):
 
     The networks are built by the method's file, which must lie beside this one.
     """
-    path = Path(path)
+    path = checkpoint_file(path)
     state = load_checkpoint(path, "run")
     file = state["file"]
-    if not (file.isidentifier() and Path(__file__).with_name(f"{file}.py").exists()):
+    if not (re.fullmatch(r"[\w -]+", file) and Path(__file__).with_name(f"{file}.py").exists()):
         stop(f"run: {path} was made by {file}.py, which is not here.")
     method = importlib.import_module(file)
     try:
@@ -2022,7 +2037,7 @@ def load_network(args, network):
     """
     if args.resume and Path(args.resume, "last.pt").exists():
         return
-    state = load_checkpoint(Path(args.init), "--init", ("headline", "networks"))
+    state = load_checkpoint(checkpoint_file(args.init), "--init", ("headline", "networks"))
     try:
         network.load_state_dict(state["networks"][state["headline"]])
     except (KeyError, RuntimeError):  # KeyError: a branch of a network, not a network
@@ -2321,7 +2336,7 @@ def predict_images(args):
     if source.is_dir():
         files = list_files(source)
     elif source.is_file():
-        files = {source.stem: source}
+        files = {name_of(source): source}
     if not files:
         stop(f"--images {args.images}: no images there. Expected files {' '.join(ENDINGS)}.")
     mark = args.out / "predicted.txt"  # the names of the masks that predict wrote
@@ -2329,7 +2344,7 @@ def predict_images(args):
     if mark.exists():
         written = set(mark.read_text("utf-8", "replace").splitlines())
     for path in sorted(args.out.glob("masks/*")):
-        if path.stem not in written:
+        if name_of(path) not in written:
             stop(f"--out {args.out}: predict did not write {path.name} in its masks. Name another "
                  "folder.")
     network = args.network or run.state["headline"]
@@ -2623,8 +2638,8 @@ def main(argv=None):
             stop(f"--out {args.out} exists. Name a new folder.")
         draw_phantom(args.out, args.size)
         print(f"{len(list((args.out / 'images').iterdir()))} images in {args.out}. Try:\n"
-              f"python mean_teacher.py --data {args.out} --size {args.size} --width 16 --steps 800 "
-              "--labeled 10%")
+              f'python mean_teacher.py --data "{args.out}" --size {args.size} --width 16 '
+              "--steps 800 --labeled 10%")
     elif command == "predict":
         p.description = predict_images.__doc__
         add("--run", required=True, metavar="RUN", help="a run folder, or its best.pt or last.pt")

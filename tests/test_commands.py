@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -337,6 +338,13 @@ def test_predict_refuses_masks_that_it_did_not_write(colour, tmp_path, capsys):
     (out / "masks" / "case03.png").unlink()
     predict(*words, out)
     assert np.array_equal(mask_in(out, "case03"), first)
+
+
+def test_predict_twice_into_one_folder_whatever_the_names_unicode_form(grey, tmp_path):
+    image = tmp_path / f"{unicodedata.normalize('NFD', 'é')}.png"
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(image)
+    for _ in range(2):
+        predict("--run", grey.folder, "--images", image, "--out", tmp_path / "out")
 
 
 def test_supervised_predicts_with_the_student(grey, tmp_path, capsys):

@@ -175,7 +175,7 @@ def test_ctrl_c_while_scoring(make_dataset, options, capsys, hook, saved):
             run.save(step)
         run.finish()
     message = said_by_the_hook(capsys)
-    assert "interrupted" in message and f"--resume {run.folder}" in message
+    assert "interrupted" in message and f'--resume "{run.folder}"' in message
     assert ("after step 1, the last checkpoint" in message) == saved
 
 

@@ -288,7 +288,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(method, options, tmp_path,
     for checkpoint in (4, 8):
         assert steps_logged(folder)[-1] == checkpoint == last_of(folder)["step"]
         message = f"after step {checkpoint}, the last checkpoint: python {method}.py --resume"
-        assert f"{message} {folder}\n" in farewell(capsys)
+        assert f'{message} "{folder}"\n' in farewell(capsys)
         with open(folder / "log.csv", "a") as file:
             file.write(f"{checkpoint + 1},0.5")
         if checkpoint == 4:
@@ -352,14 +352,23 @@ def test_resume_from_a_damaged_checkpoint(options, capsys):
     assert last.read_bytes() == content
 
 
+def test_a_run_on_the_phantom_resumes_after_its_cache_was_deleted(tmp_path):
+    """--help says that it may be deleted at any time."""
+    argv = ["--size", "16", "--width", "4", "--steps", "1", "--device", "cpu",
+            "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
+    folder = main_of("mean_teacher")(argv)["folder"]
+    shutil.rmtree(tmp_path / "cache")
+    assert main_of("mean_teacher")(["--resume", folder])["folder"] == folder
+
+
 def test_resume_without_a_checkpoint_starts_at_0_and_says_so(options, tmp_path, monkeypatch,
                                                              capsys):
     argv = options("--val-every", "2")
     interrupt("mean_teacher", [*argv, "--out", str(tmp_path / "parts")], 1, monkeypatch)
     folder = run_folder(tmp_path / "parts")
     message = farewell(capsys)
-    expected = f"interrupted before the first checkpoint; --resume {folder} starts anew"
-    assert expected in message
+    assert "interrupted before the first checkpoint; to start anew: " in message
+    assert f'mean_teacher.py --resume "{folder}"' in message
     main_of("mean_teacher")(["--resume", str(folder)])
     assert f"no checkpoint yet in {folder}, starting at step 0" in capsys.readouterr().out
     whole = main_of("mean_teacher")([*argv, "--out", str(tmp_path / "whole")])
@@ -396,7 +405,7 @@ def test_ctrl_c_names_the_folder_to_resume(options, tmp_path):
     step = last_of(folder)["step"]
     assert step < 60 and process.returncode != 0
     assert f"interrupted. To continue after step {step}, the last checkpoint:" in out
-    assert out.rstrip().endswith(f": python mean_teacher.py --resume {folder}")
+    assert out.rstrip().endswith(f': python mean_teacher.py --resume "{folder}"')
     assert "Traceback" not in out + err and "KeyboardInterrupt" not in out + err
     main_of("mean_teacher")(["--resume", str(folder)])
     assert_same_runs(whole["folder"], folder)
@@ -404,8 +413,9 @@ def test_ctrl_c_names_the_folder_to_resume(options, tmp_path):
 
 # Trains the copy, interrupts it, resumes it and predicts: words are an image, --out, more options.
 LIFE_OF_A_COPY = """
-import pathlib, sys
-import common, my_method
+import importlib, pathlib, sys
+import common
+my_method = importlib.import_module("my-method")
 image, out, *argv = sys.argv[1:]
 
 def interrupted(step, steps):
@@ -432,7 +442,7 @@ def test_a_method_copied_under_another_name_trains_resumes_and_predicts(options,
     copied = tmp_path / "copied"
     copied.mkdir()
     shutil.copy(ROOT / "common.py", copied)
-    shutil.copy(ROOT / "cps.py", copied / "my_method.py")
+    shutil.copy(ROOT / "cps.py", copied / "my-method.py")
     image = max(drawn.glob("images/*"))
     done = subprocess.run(
         [sys.executable, "-c", LIFE_OF_A_COPY, str(image), str(copied / "runs"), *argv],
@@ -440,12 +450,12 @@ def test_a_method_copied_under_another_name_trains_resumes_and_predicts(options,
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continuing at step 2" in done.stdout
     [folder] = copied.glob("runs/phantom/*")
-    assert folder.name.startswith("my_method-3-seed0")
+    assert folder.name.startswith("my-method-3-seed0")
     results = json.loads((folder / "results.json").read_text())
-    assert results["file"] == results["method"] == "my_method"
+    assert results["file"] == results["method"] == "my-method"
     assert results["networks"] == original["networks"]
     ours, theirs = last_of(folder), last_of(Path(original["folder"]))
-    assert ours["file"] == "my_method" and equal(ours["networks"], theirs["networks"])
+    assert ours["file"] == "my-method" and equal(ours["networks"], theirs["networks"])
     [predicted] = copied.glob("runs/predicted/masks/*")
     assert predicted.name == image.name
 

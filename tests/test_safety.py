@@ -333,13 +333,13 @@ def test_split_json_has_the_names_of_every_part(options):
 def test_ctrl_c_has_a_message_and_other_errors_their_traceback(options, capsys):
     run = dead_run(options)
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert "starts anew" in capsys.readouterr().out
+    assert "to start anew: python x.py" in capsys.readouterr().out
     for step in run.steps():
         run.log(loss=0.0)
         run.save(step)
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     out = capsys.readouterr().out
-    assert f"after step 4, the last checkpoint: python x.py --resume {run.folder}" in out
+    assert f'after step 4, the last checkpoint: python x.py --resume "{run.folder}"' in out
     sys.excepthook(ValueError, ValueError("other"), None)
     assert "ValueError: other" in capsys.readouterr().err
 
