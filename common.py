@@ -826,6 +826,7 @@ def place(networks, args):
 # --- Dataset folder -------------------------------------------------------------------------------
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".npy")
+ENDINGS_IN = {"images": ENDINGS, "masks": ENDINGS, "boxes": (".txt",), "tags": (".txt",)}
 MASK_SUFFIX = re.compile("_(mask|segmentation|seg|anno|label|gt)$", re.IGNORECASE)
 SLICE = re.compile(r"^(?P<volume>(?P<patient>.+?)(_frame\d+)?)_slice_?(?P<slice>\d+)$")
 LAYOUT = (f"Expected PATH/images/NAME.png and PATH/masks/NAME.png, with the endings "
@@ -893,7 +894,9 @@ FOLDERS = {"images", "masks", "boxes", "tags"}
 LISTS = {"train.txt", "val.txt", "test.txt", "classes.txt"}
 NEAR_MISSES = {"image": "images", "imgs": "images", "img": "images", "mask": "masks",
                "labels": "masks", "label": "masks", "annotations": "masks", "gt": "masks",
-               "ground_truth": "masks", "segmentations": "masks", "bboxes": "boxes"}
+               "ground_truth": "masks", "segmentations": "masks", "box": "boxes", "bbox": "boxes",
+               "bboxes": "boxes", "tag": "tags", "valid.txt": "val.txt",
+               "validation.txt": "val.txt"}
 
 
 def check_readable(path):
@@ -962,9 +965,11 @@ def read_class_names(folder, classes):
         stop(f"{path} cannot be read ({error.strerror}).")
     names = [line.strip() for line in lines if line.strip()]
     if len(names) != classes:
+        advice = ""
+        if len(names) > classes:
+            advice = f"; --classes {len(names)} if the masks that are seen lack some"
         stop(f"{path}: {len(names)} names, but there are {classes} classes, the background among "
-             f"them. Expected a name a line, background first; --classes {len(names)} if the "
-             "masks that are seen lack some.")
+             f"them. Expected a name a line, background first{advice}.")
     return names
 
 
@@ -1011,8 +1016,10 @@ def read_lists(folder, items):
 
 def count_units(spec, total, option, what):
     """A share such as "10%" or a number such as "7" -> a number of units, at least 1 of `total`."""
+    if total == 0:
+        stop(f"{option} {spec}: there are no {what}.")
     share = re.fullmatch(r"(\d+(\.\d+)?)%", spec)
-    if share and total > 0 and 0 < float(share[1]) <= 100:
+    if share and 0 < float(share[1]) <= 100:
         return max(1, math.floor(total * float(share[1]) / 100 + 0.5))
     if spec.isdecimal() and 0 < int(spec) <= total:
         return int(spec)
@@ -1020,7 +1027,7 @@ def count_units(spec, total, option, what):
         percent = float(spec) * 100
         stop(f"{option} {spec}: did you mean {percent:g}%? Give a share (10%) or units (7).")
     stop(f"{option} {spec}: expected a share above 0% and up to 100%, a number of units from 1 to "
-         f"{total} (the {what}), or a text file of ids.")
+         f"{total} (the {what}), or a text file of ids, of which there is none of this name.")
 
 
 def choose_images(spec, units, candidates, items, option, what):
@@ -2196,15 +2203,20 @@ def class_warnings(data):
 def name_warnings(data):
     """Sentences about names: what was passed over, and names that may mean something else."""
     found = []
-    for part in ("images", "masks"):
+    for part, endings in ENDINGS_IN.items():
         folder = Path(data.args.data, part)
         if not folder.is_dir():
             continue
         names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-        passed = sorted(name for name in names if Path(name).suffix.lower() not in ENDINGS)
+        passed = sorted(name for name in names if Path(name).suffix.lower() not in endings)
         if passed:
-            found.append(f"passed over in {part}: {len(passed)} that are no images, by their names "
-                         f"({some(passed)}).")
+            found.append(f"passed over in {part}: {len(passed)} that do not end in "
+                         f"{' '.join(endings)} ({some(passed)}).")
+    used = {i for part in data.split.values() for i in part}
+    unused = [item.name for i, item in enumerate(data.items) if item.mask and i not in used]
+    if unused:
+        found.append(f"not used at all: {plural(len(unused), 'image')} with masks, in no list "
+                     f"({some(unused)}). In train.txt they would be unlabelled images.")
     names = {item.name for item in data.items}
     longer = [name for name in sorted(names) if name.rpartition("_")[0] in names]
     if longer:
@@ -2220,6 +2232,16 @@ def name_warnings(data):
         found.append(f"{len(stacks)} groups of images differ in their last number alone "
                      f"({some(stacks[0], 2)}). If they are slices or frames of one patient, name "
                      "them PATIENT_slice_000, so that they stay in one part of the split.")
+    moments = {}  # {patient: units}, of slices named patient001_ED_slice_00, patient001_ES_slice_00
+    for unit in sorted({item.unit for item in data.items if item.unit != item.name}):
+        patient, _, word = unit.rpartition("_")
+        if word.isalpha():
+            moments.setdefault(patient, []).append(unit)
+    doubled = [units for units in moments.values() if len(units) > 1]
+    if len(doubled) > 1:
+        found.append(f"{len(doubled)} patients in several units ({some(doubled[0])})? Then name "
+                     "them PATIENT_frame01_slice_00, PATIENT_frame02_slice_00, so that a patient "
+                     "stays in one part of the split.")
     return found
 
 

@@ -186,6 +186,7 @@ def test_other_numbers_of_class_names_are_refused(make_dataset, options, tmp_pat
     message = stopped_with(capsys, command, options(data=root))
     count = len(names.split())
     assert f"classes.txt: {count} names, but there are 3 classes" in message
+    assert (f"--classes {count}" in message) == (count > 3)  # fewer than masks hold would not do
     assert not list(tmp_path.glob("runs/*/*"))
 
 
@@ -568,9 +569,27 @@ def strangers_among_masks(root):
     write(root / "masks" / "case03.webp", "passed over")
 
 
+def boxes_of_another_kind(root):
+    write(root / "boxes" / "case03.xml", "<annotation/>")
+
+
+def lists_that_leave_images_out(root):
+    """They name 8 of 14."""
+    write(root / "train.txt", "case00\ncase01\ncase02\ncase03\n")
+    write(root / "val.txt", "case10\n")
+    write(root / "test.txt", "case11\ncase12\ncase13\n")
+
+
+def a_patient_in_two_units(root):
+    rename_all(root, lambda number: f"p{number // 2:02d}_{('ED', 'ES')[number % 2]}_slice_00")
+
+
 ODD = [(masks_among_images, r"2 images .*\(case01_superpixels, case02_mask\)"),
        (strangers_among_images, r"passed over in images: 3 .*\(case90.webp, case91.dcm, more\)"),
-       (strangers_among_masks, r"passed over in masks: 2 .*\(case03.webp, old\)")]
+       (strangers_among_masks, r"passed over in masks: 2 .*\(case03.webp, old\)"),
+       (boxes_of_another_kind, r"passed over in boxes: 1 .* \.txt \(case03\.xml\)"),
+       (lists_that_leave_images_out, r"not used at all: 6 images .*\(case04, case05, "),
+       (a_patient_in_two_units, r"7 patients in several units \(p00_ED, p00_ES\)\?")]
 
 
 @pytest.mark.parametrize("change, message", ODD, ids=[change.__name__ for change, _ in ODD])
@@ -627,7 +646,8 @@ def test_a_run_says_at_its_start_what_check_says(make_dataset, options, capsys):
     assert out.index(found[-1]) < out.index("validation Dice")
 
 
-@pytest.mark.parametrize("pattern", ["case{:02d}", "ISIC_{:07d}", "p{:02d}_slice_00", "{:x}a"])
+@pytest.mark.parametrize("pattern", ["case{:02d}", "ISIC_{:07d}", "p{:02d}_slice_00", "{:x}a",
+                                     "site_{:02d}_slice_00"])
 def test_names_of_separate_images_get_no_warning(make_dataset, options, capsys, pattern):
     root = make_dataset()
     rename_all(root, lambda number: pattern.format(number * 7919))
@@ -637,7 +657,7 @@ def test_names_of_separate_images_get_no_warning(make_dataset, options, capsys, 
 @pytest.mark.parametrize("name, meant", [
     ("labels", "masks"), ("label", "masks"), ("mask", "masks"), ("Masks", "masks"),
     ("annotations", "masks"), ("imgs", "images"), ("IMAGES", "images"), ("bboxes", "boxes"),
-    ("Boxes", "boxes"), ("TAGS", "tags")])
+    ("bbox", "boxes"), ("Boxes", "boxes"), ("TAGS", "tags"), ("tag", "tags")])
 @BOTH
 def test_folders_that_almost_have_the_right_name(make_dataset, options, tmp_path, capsys, command,
                                                  name, meant):
@@ -648,6 +668,13 @@ def test_folders_that_almost_have_the_right_name(make_dataset, options, tmp_path
     message = stopped_with(capsys, command, options(data=root))
     assert f"{root / name} looks like {meant}" in message and f"Rename it to {meant}" in message
     assert not list(tmp_path.glob("runs/*/*"))
+
+
+def test_a_list_that_almost_has_the_right_name(make_dataset, options, capsys):
+    root = make_dataset()
+    write(root / "valid.txt", "case00\n")
+    message = stopped_with(capsys, check, options(data=root))
+    assert f"{root / 'valid.txt'} looks like val.txt" in message
 
 
 def test_one_is_no_plural(make_dataset, options, capsys):
