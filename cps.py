@@ -128,8 +128,7 @@ def cutmix(x, mask):
     """Eq. (3): x' = (1 − M) x + M x_partner, the partner being x.roll(1, 0).
 
     x: images (B, channels, H, W) or label maps (B, H, W); mask: bool (B, H, W). -> the shape of x.
-    Gradient flows into x. A single image is its own partner.
-    Example: rows (1, 2) and (3, 4), M = (1, 0) for both: (3, 2) and (1, 4).
+    Gradient flows into x. Example: rows (1, 2) and (3, 4), M = (1, 0) for both: (3, 2) and (1, 4).
     """
     if x.dim() == 4:
         mask = mask[:, None]  # the same for all channels

@@ -136,7 +136,7 @@ def mts_loss(probs_1, probs_2, label_t):
 def uncertainty(probs_m, probs_t, grid):
     """Eq. (4): U_m = mean over each patch of H((P_m + P_T) / 2), H(P) = −Σ_c P log P.
 
-    probs (B, C, H, W), grid: patches a side -> (B, grid, grid), 0 to log C. No gradient.
+    probs (B, C, H, W) -> (B, grid, grid). No gradient. Example: P_m (1, 0), P_t (0, 1) give log 2.
     """
     mean = ((probs_m + probs_t) / 2).detach()
     entropy = -torch.xlogy(mean, mean).sum(1, keepdim=True)  # (B, 1, H, W); 0 log 0 = 0
@@ -147,8 +147,9 @@ def umix(x, u_1, u_2, k):
     """Eq. (5): x'[top-k U_1] = x[bottom-k U_2], then x'[top-k U_2] = x[bottom-k U_1], by rank.
 
     x: images (B, channels, H, W) or label maps (B, H, W); u: (B, grid, grid), the grid divides H
-    and W -> the shape of x. What is read is unmixed; where both write, the second stands; of equal
-    uncertainties the first patch comes first. Gradient flows into x.
+    and W -> the shape of x, to which gradient flows. What is read is unmixed; where both write, the
+    second stands; of equals the first. Example: k = 1, U_1 = U_2 = (0, 1; ½, ½): b of (a, b; c, d)
+    becomes a.
     """
     grid = u_1.shape[-1]
     h, w = x.shape[-2] // grid, x.shape[-1] // grid  # of a patch
@@ -171,6 +172,7 @@ def cutmix_mask(b, h, w, boxes, area, device):
 
     -> bool (B, H, W), drawn for each image; no gradient. A box of share s has the sides H √s e^a
     and W √s e^-a, a ~ U(-1/2, 1/2) [ours], at most the image's, and lies wholly inside.
+    Example: one box, area (0.25, 0.25) of 48 × 48 pixels: 24 × 24 of them if a is 0.
     """
     low, high = area
     shape = b, boxes, 1, 1
@@ -191,7 +193,7 @@ def cutmix(x, mask):
     """Eq. (7): x' = (1 − M) x + M x_partner, the partner being x.roll(1, 0).
 
     x: images (B, channels, H, W) or label maps (B, H, W); mask: bool (B, H, W). -> the shape of x.
-    Gradient flows into x. A single image is its own partner.
+    Gradient flows into x. Example: rows (1, 2) and (3, 4), M = (1, 0) for both: (3, 2) and (1, 4).
     """
     if x.dim() == 4:
         mask = mask[:, None]  # the same for all channels
@@ -210,7 +212,7 @@ def ema_update(teacher, student_1, student_2, mix, alpha):
     """Eq. (9): θ_T ← α θ_T + (1 − α) (β θ_1 + (1 − β) θ_2), in place, β = mix, for every parameter.
 
     teacher, student_1, student_2: modules of one architecture; mix, alpha: numbers. No gradient.
-    Student 1's BatchNorm statistics are copied.
+    Student 1's BatchNorm statistics are copied. Example: θ_T 1, θ_1 2, θ_2 3, α = 0.9, β = 1: 1.1.
     """
     with torch.no_grad():
         for p_t, p_1, p_2 in zip(teacher.parameters(), student_1.parameters(),
@@ -266,11 +268,9 @@ def main(argv=None):
     add("--mix-labeled", action=argparse.BooleanOptionalAction, default=True,
         help="mix labelled images too, with their masks (yes) [code]")
     args = parse(options, argv)
-    if args.steps % 2:
-        stop(f"--steps {args.steps}: expected an even number, since a batch is used for two steps.")
-    if args.val_every % 2:
-        stop(f"--val-every {args.val_every}: expected an even number, since a batch is used for "
-             "two steps.")
+    for option, value in (("--steps", args.steps), ("--val-every", args.val_every)):
+        if value % 2:
+            stop(f"{option} {value}: expected an even number, since a batch is used for two steps.")
     if args.size % args.grid:
         stop(f"--grid {args.grid} does not divide --size {args.size}. Expected 8 or 16, say.")
 
