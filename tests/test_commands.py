@@ -341,10 +341,11 @@ def test_predict_refuses_masks_that_it_did_not_write(colour, tmp_path, capsys):
 
 
 def test_predict_twice_into_one_folder_whatever_the_names_unicode_form(grey, tmp_path):
-    image = tmp_path / f"{unicodedata.normalize('NFD', 'é')}.png"
+    image = tmp_path / "images" / f"{unicodedata.normalize('NFD', 'é')}.png"
+    image.parent.mkdir()
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(image)
-    for _ in range(2):
-        predict("--run", grey.folder, "--images", image, "--out", tmp_path / "out")
+    for given in (image.parent, image.parent, image):
+        predict("--run", grey.folder, "--images", given, "--out", tmp_path / "out")
 
 
 def test_supervised_predicts_with_the_student(grey, tmp_path, capsys):

@@ -136,6 +136,13 @@ def test_without_cutmix_labelled_images_count_too(options):
     assert 1.5 < plain["cps"] / mixed["cps"] < 2.5
 
 
+def test_without_cutmix_the_preview_shows_none():
+    networks, x = cps.build(1, 3, 4), torch.rand(2, 1, 16, 16)
+    titles = {mix: " ".join(cps.pictures(networks, x, mix)) for mix in (True, False)}
+    assert "CutMix" in titles[True] and "its labels" in titles[True]
+    assert "disagreement" in titles[False] and "CutMix" not in titles[False]
+
+
 def test_both_networks_differ_from_the_start_and_learn(options):
     torch.manual_seed(0)
     first = {name: network.state_dict() for name, network in cps.build(1, 4, 4).items()}
