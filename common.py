@@ -12,7 +12,7 @@ Tools        Messages and files: stop write_aside    Several processes: join_pro
              Cache: decode_images decode_masks       Phantom: draw_phantom
              Distances: distances_to                 Run: Run
              Finished runs: load_run segment         Pictures: overlay heat save_sheet
-             Tables: print_table                     Data doctor: class_warnings name_warnings
+             Tables: print_table                     Data doctor: warnings_of
              Commands: check_data predict_images compare_runs main
 
 Four commands: python common.py check | phantom | predict | compare, each with --help.
@@ -665,6 +665,11 @@ def absolute(option, value):
     return value
 
 
+def phantom_folder(cache, size):
+    """Where the phantom of runs without --data lies."""
+    return Path(cache, f"phantom-{size}")
+
+
 def fill_defaults(parser, args):
     """Fill in the options that depend on others; args.options: those off their defaults."""
     with_gpu = {"size": 256, "width": 32, "steps": 10000}
@@ -693,7 +698,7 @@ def fill_defaults(parser, args):
         stop(f"--size {args.size}: expected a multiple of {2**DEPTH}, since the U-Net halves the "
              f"image {DEPTH} times. Try {low or 2**DEPTH} or {low + 2**DEPTH}.")
     if args.data is None:
-        args.data = draw_phantom(Path(args.cache, f"phantom-{args.size}"), args.size)
+        args.data = draw_phantom(phantom_folder(args.cache, args.size), args.size)
         args.labeled = args.labeled or "10%"
     for option, value in vars(args).items():
         setattr(args, option, absolute(option, value))
@@ -738,7 +743,7 @@ def load_args(parser, argv, run):
         if option not in AGAIN and value != saved[option]:
             stop(f"--resume goes on with the run's own options: --{option.replace('_', '-')} is "
                  f"{saved[option]} there, {value} was typed. Leave it out.")
-    phantom = Path(saved["cache"], f"phantom-{saved['size']}")
+    phantom = phantom_folder(saved["cache"], saved["size"])
     if saved["data"] == str(phantom.resolve()):
         draw_phantom(phantom, saved["size"])  # again, if the cache was deleted
     return argparse.Namespace(**saved | {option: getattr(args, option) for option in AGAIN})
@@ -890,7 +895,7 @@ def pair_masks(images, files):
     return masks
 
 
-FOLDERS = {"images", "masks", "boxes", "tags"}
+FOLDERS = set(ENDINGS_IN)
 LISTS = {"train.txt", "val.txt", "test.txt", "classes.txt"}
 NEAR_MISSES = {"image": "images", "imgs": "images", "img": "images", "mask": "masks",
                "labels": "masks", "label": "masks", "annotations": "masks", "gt": "masks",
@@ -1702,7 +1707,7 @@ class Run:
         for part in self.split:
             print(f"{part}: {count_words(data, part)}: {some(data.units(part))}")
         print_classes(data)
-        for warning in [*class_warnings(data), *name_warnings(data)]:
+        for warning in warnings_of(data):
             print(f"warning: {warning}")
         print(f"split {self.split_digest}; run folder: {self.folder}")
 
@@ -2200,8 +2205,8 @@ def class_warnings(data):
     return found
 
 
-def name_warnings(data):
-    """Sentences about names: what was passed over, and names that may mean something else."""
+def unused_warnings(data):
+    """Sentences about what was passed over: files with other endings, images that no list names."""
     found = []
     for part, endings in ENDINGS_IN.items():
         folder = Path(data.args.data, part)
@@ -2217,6 +2222,12 @@ def name_warnings(data):
     if unused:
         found.append(f"not used at all: {plural(len(unused), 'image')} with masks, in no list "
                      f"({some(unused)}). In train.txt they would be unlabelled images.")
+    return found
+
+
+def name_warnings(data):
+    """Sentences about names that may mean something else."""
+    found = []
     names = {item.name for item in data.items}
     longer = [name for name in sorted(names) if name.rpartition("_")[0] in names]
     if longer:
@@ -2243,6 +2254,11 @@ def name_warnings(data):
                      "them PATIENT_frame01_slice_00, PATIENT_frame02_slice_00, so that a patient "
                      "stays in one part of the split.")
     return found
+
+
+def warnings_of(data):
+    """The sentences that a run says at its start; check adds others."""
+    return [*class_warnings(data), *unused_warnings(data), *name_warnings(data)]
 
 
 def intensity_warnings(data):
@@ -2314,7 +2330,7 @@ def check_data(args):
     print_reachable_dice(data)
     for check_folder in folder_checks():
         check_folder(data)
-    warnings_found = [*class_warnings(data), *name_warnings(data), *dark]
+    warnings_found = [*warnings_of(data), *dark]
     if everything["largest"] >= data.classes:
         warnings_found.append(f"masks that a run does not see hold class {everything['largest']}")
     for warning in warnings_found:

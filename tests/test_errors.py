@@ -209,6 +209,7 @@ CASES = [  # what is wrong, further options, what the message must say
     (damage_nothing, ["--labeled", "150%"], "up to 100%"),
     (damage_nothing, ["--labeled", "0%"], "above 0%"),
     (damage_nothing, ["--labeled", "11"], "from 1 to 10"),
+    (damage_nothing, ["--labeled", "ten"], "or a text file of ids"),
     (damage_nothing, ["--labeled", "ten.txt"], "a text file of ids, of which there is none of"),
     (damage_nothing, ["--size", "100"], "multiple of 16(.|\n)*Try 96 or 112"),
     (damage_nothing, ["--device", "tpu9"], "--device tpu9 cannot be used"),
